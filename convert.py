@@ -1,0 +1,490 @@
+"""Converts a trained dense model to a dynamic-k mixture of experts: the second half of D2DMoE.
+
+    python convert.py --ckpt out/                              the paper's recipe
+    python convert.py --ckpt out/ --split coactivation --router_target sqrt          fewer experts for the same loss
+    python convert.py --ckpt out/ --attention                  the attention projections too
+    python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
+
+1. With --attention: train a two-layer MLP to imitate each attention projection (the paper, section 3.4).
+2. Cut every two-layer MLP into experts of equal size: balanced k-means on its neurons (section 3.2).
+3. Train a router for each to predict the norms of its experts' outputs (section 3.3). Nothing else changes.
+4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2dmoe import GPT, MLP, Block, DynamicKMoE, Gate, dynamic_k, expert_norms, flops_per_token, top_k
+from kernels import ACTIVATIONS
+from train import (
+    GPT2_REPOS, add_shared_arguments, atomic_write, build_model, draw_offsets, evaluate, learning_rate, load_checkpoint,
+    load_corpus, load_initial, load_tokenizer, pick_device, save_checkpoint, start_processes, take_windows,
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Balanced k-means (the paper, section 3.2; MoEfication, section 3.2)
+
+
+def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
+    """Assigns n points to k clusters, exactly n/k to each, so that the sum of scores is within n * epsilon of the largest.
+
+    Bertsekas' auction: every free point bids for its best cluster what makes the second best as good; a cluster keeps
+    the highest bids and its price becomes the lowest of them. score [n, k], prices [k] (updated in place: they start the
+    next call well) -> assignment [n] int64.
+    """
+    n, k = score.shape
+    h = n // k
+    if k == 1:
+        return torch.zeros(n, dtype=torch.long)
+    cluster = torch.full((n,), -1)
+    bid = torch.zeros(n)
+    while len(free := (cluster < 0).nonzero().flatten()):
+        value, choice = (score[free] - prices).topk(2, dim=1)  # [free, 2]
+        cluster[free] = choice[:, 0]
+        bid[free] = prices[choice[:, 0]] + value[:, 0] - value[:, 1] + epsilon
+        order = bid.argsort(descending=True)
+        order = order[cluster[order].argsort(stable=True)]  # by cluster, and in a cluster from the highest bid down
+        count = torch.bincount(cluster, minlength=k)  # [k]
+        start = count.cumsum(0) - count  # [k]
+        rank = torch.arange(n) - start[cluster[order]]  # of each point within its cluster
+        cluster[order[rank >= h]] = -1  # outbid
+        full = (count >= h).nonzero().flatten()
+        prices[full] = torch.maximum(prices[full], bid[order[start[full] + h - 1]])
+    return cluster
+
+
+def balanced_kmeans(points: Tensor, k: int, seed: int, restarts: int = 3, iterations: int = 30) -> Tensor:
+    """Clusters points [n, f] into k groups of exactly n/k; the best of some restarts by the within-cluster sum of squares.
+
+    -> assignment [n] int64. Raises ValueError if k does not divide n.
+    """
+    n = len(points)
+    if n % k:
+        raise ValueError(f"{n} neurons do not divide into {k} experts of equal size")
+    points = points.detach().float().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    best, best_squares = None, math.inf
+    for _ in range(restarts):
+        centers = points[torch.randperm(n, generator=generator)[:k]]  # [k, f]
+        prices, squares = torch.zeros(k), math.inf
+        for _ in range(iterations):
+            score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2 but for |p|^2
+            # at least some roundings of a float32, or equal points would outbid each other for ever
+            epsilon = max(1e-2 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
+            assignment = assign_balanced(score, prices, epsilon)
+            centers = torch.zeros_like(centers).index_add_(0, assignment, points) / (n // k)
+            previous, squares = squares, (points - centers[assignment]).square().sum().item()
+            if squares < best_squares:
+                best, best_squares = assignment, squares
+            if squares > previous * (1 - 1e-4):
+                break
+    return best
+
+
+def weight_features(mlp: MLP) -> Tensor:
+    """Neurons by what they react to: the rows of W1 at unit length (the paper's). -> [d_ff, d]"""
+    return F.normalize(mlp.c_fc.weight)
+
+
+def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
+    """Neurons by when they contribute: |activation| times the norm of the neuron's W2 column, for each of the tokens
+    x [N, d], at unit length, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
+    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs() * mlp.c_proj.weight.norm(dim=0)  # [N, d_ff]
+    u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
+    return u * s
+
+
+@torch.no_grad()
+def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
+    """Copies an MLP's neurons into experts: neuron i goes to expert assignment[i]. The sum of all experts is the MLP."""
+    order = assignment.argsort(stable=True).to(moe.w1.device)  # [d_ff], expert by expert
+    moe.w1.copy_(mlp.c_fc.weight[order].view_as(moe.w1))  # [d_ff, d] -> [E, h, d]
+    moe.w2.copy_(mlp.c_proj.weight.t()[order].view_as(moe.w2))  # [d, d_ff] -> [d_ff, d] -> [E, h, d]
+    if mlp.c_fc.bias is not None:  # else they stay zero
+        moe.b1.copy_(mlp.c_fc.bias[order].view_as(moe.b1))  # [d_ff] -> [E, h]
+        moe.b2.copy_(mlp.c_proj.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training loop, for projections and for routers
+
+
+def fit(
+    modules: list[nn.Module], loss_of: Callable, model: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int,
+    label: str,
+) -> None:  # fmt: skip
+    """Trains `modules` by Adam with a cosine schedule on what goes in and out of the frozen model's layers.
+
+    loss_of(inputs, progress): inputs is each block's dict of layer inputs for a batch of `rows` contexts (see Block), progress
+    runs from 0 to 1. The modules do not touch each other, and Adam does not care for a loss's scale, so the sum of their
+    losses trains each as if it were alone. Under torchrun each process takes its share of the rows. Exits if the loss
+    is not finite.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, config = model.lm_head.weight.device, model.config
+    parameters = [p for m in modules for p in m.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    clock = time.perf_counter()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
+        offsets = draw_offsets(len(tokens), rows, config.block_size, seed, step)[rank::world]
+        x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
+        with torch.no_grad():
+            _, _, inputs = model.hidden(x)
+        loss = loss_of(inputs, step / steps)
+        loss.backward()
+        state = loss.detach().clone()
+        if world > 1:
+            for t in (state, *(p.grad for p in parameters)):
+                dist.all_reduce(t)
+                t /= world
+        if not math.isfinite(state.item()):
+            sys.exit(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if rank == 0 and (step + 1) % max(1, steps // 5) == 0:
+            left = (time.perf_counter() - clock) / (step + 1) * (steps - step - 1)
+            print(f"{label}: step {step + 1:5d} of {steps}, loss {state.item():.5f}, {left:.0f} s left", flush=True)
+
+
+PROJECTIONS = ("q", "k", "v", "o")
+INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "mlp": "mlp"}  # which of a block's inputs each layer reads
+
+
+def projection_loss(student: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
+    """How far a two-layer MLP is from the linear projection that it replaces: the mean squared error relative to the
+    target's variance, plus weight * the sparsity penalty (the paper, section 3.4). x, target [N, d] -> scalar"""
+    y, penalty = student(x)
+    return F.mse_loss(y, target) / target.var() + weight * penalty
+
+
+def distill_projections(dense: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float) -> list[dict[str, MLP]]:
+    """For each block the MLPs that imitate its Q, K, V and output projections on the dense model's own activations."""
+    config = dense.config
+    students = [
+        {name: MLP(config.n_embd, config.projection_width, "relu", "hoyer").to(dense.lm_head.weight.device) for name in PROJECTIONS}
+        for _ in range(config.n_layer)
+    ]
+
+    def loss_of(inputs, progress):
+        total = 0.0
+        for block, x, student in zip(dense.transformer.h, inputs, students, strict=True):
+            with torch.no_grad():
+                targets = (*block.attn.c_attn(x["qkv"]).split(config.n_embd, dim=-1), block.attn.c_proj(x["o"]))
+            for name, target in zip(PROJECTIONS, targets, strict=True):
+                total = total + projection_loss(student[name], x[INPUT_OF[name]], target, weight * progress)
+        return total
+
+    fit([m for s in students for m in s.values()], loss_of, dense, tokens, steps, lr, rows, seed, "projections")
+    return students
+
+
+def expert_layers(block: Block) -> dict[str, DynamicKMoE]:
+    """The converted layers of a block by name: mlp, and q, k, v, o if its attention is converted."""
+    layers = {"mlp": block.mlp}
+    if block.attn.converted:
+        layers |= {name: getattr(block.attn, name) for name in PROJECTIONS}
+    return layers
+
+
+def router_loss(moe: DynamicKMoE, x: Tensor) -> Tensor:
+    """What a router is trained on, for tokens x [N, d]; scalar.
+
+    norm: mean squared error against || a_e W2_e || (the paper, equation 4). sqrt: the same between square roots, because
+    the rule looks at norms relative to the largest and plain squares are blind to the small ones. share: MoEfication's
+    binary cross-entropy against each expert's sum of positive activations over the token's largest such sum.
+    """
+    with torch.no_grad():
+        a = moe.hidden(x)  # [N, E, h]
+        if moe.router.target == "share":
+            mass = a.clamp(min=0).sum(-1)  # [N, E]
+            target = mass / mass.amax(-1, keepdim=True).clamp(min=1e-9)
+        else:
+            target = expert_norms(a, moe.w2)  # [N, E]
+    raw = moe.router.raw(x)  # [N, E]
+    if moe.router.target == "share":
+        return F.binary_cross_entropy_with_logits(raw, target)
+    return F.mse_loss(raw.abs(), target.sqrt() if moe.router.target == "sqrt" else target)
+
+
+def train_routers(moe: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int) -> None:
+    """Trains all routers of a converted model at once, on the forward in which every expert runs."""
+    layers = [expert_layers(block) for block in moe.transformer.h]
+
+    def loss_of(inputs, progress):
+        return sum(
+            router_loss(layer, x[INPUT_OF[name]].flatten(0, 1))  # [B, T, d] -> [N, d]
+            for block_layers, x in zip(layers, inputs, strict=True)
+            for name, layer in block_layers.items()
+        )
+
+    routers = [layer.router for block_layers in layers for layer in block_layers.values()]
+    fit(routers, loss_of, moe, tokens, steps, lr, rows, seed, "routers")
+
+
+def split_model(dense: GPT, moe: GPT, students: list[dict[str, MLP]] | None, sample: Tensor | None, seed: int) -> None:
+    """Fills the experts of `moe` from the dense model (and the projections' students); routers stay as they were drawn.
+
+    sample [B, T]: tokens on which to look for neurons that fire together; None: neurons with similar weights.
+    """
+    moe.load_state_dict(dense.state_dict(), strict=False)  # all but what is split keeps its name
+    inputs = dense.hidden(sample)[2] if sample is not None else None
+    for i, (block, target) in enumerate(zip(dense.transformer.h, moe.transformer.h, strict=True)):
+        mlps = {"mlp": block.mlp} | (students[i] if students else {})
+        for name, layer in expert_layers(target).items():
+            mlp = mlps[name]
+            features = coactivation_features(mlp, inputs[i][INPUT_OF[name]].flatten(0, 1)) if inputs else weight_features(mlp)
+            split_mlp(mlp, layer, balanced_kmeans(features, len(layer.w1), seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost against loss (the paper, figure 4)
+
+
+def top_share(norms: Tensor, share: float) -> Tensor:
+    """top_k for the number of experts that is `share` of E, rounded up so that top-k is never given less."""
+    return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
+
+
+def measure(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: Gate) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+    """Executed share of all experts, FLOPs a token relative to dense, and loss, under a gate; and the counts a token."""
+    config = moe.config
+    loss, counts = evaluate(moe, tokens, windows, batch_size, gate)
+    means = [{name: c.double().mean().item() for name, c in layer.items()} for layer in counts]
+    total = {"mlp": config.num_experts} | dict.fromkeys(PROJECTIONS, config.attention_experts)
+    context = (config.block_size + 1) / 2  # what a token attends to, on average over a window
+    return {
+        "value": gate.value,
+        "executed": sum(sum(m.values()) for m in means) / sum(total[name] for m in means for name in m),
+        "flops": flops_per_token(config, context, means) / flops_per_token(config, context),
+        "loss": loss,
+    }, counts
+
+
+def cost_table(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, taus: list[float], dense_loss: float, baseline: bool) -> list[dict]:
+    """Prints the table over tau and returns its points; for MoEfication over k alone."""
+    points = []
+
+    def point(rule, gate):
+        row, _ = measure(moe, tokens, windows, batch_size, gate)
+        points.append({"rule": rule, **row})
+        return row
+
+    def change(loss):
+        return f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"
+
+    print(f"\ndense loss {dense_loss:.4f} nats a token; executed: share of experts; FLOPs: a token, relative to dense")
+    if baseline:
+        print("  share     FLOPs    loss  change")
+        for share in (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
+            k = point("top_k", Gate(top_share, share))
+            print(f"{k['executed']:7.1%} {k['flops']:9.1%} {change(k['loss'])}", flush=True)
+        return points
+    print("             dynamic-k (router)              top-k, as many experts    oracle (true norms)")
+    print("   tau  executed   FLOPs    loss  change  executed    loss  change  executed    loss  change")
+    for tau in taus:
+        d = point("dynamic_k", Gate(dynamic_k, tau))
+        k = point("top_k", Gate(top_share, d["executed"]))
+        o = point("oracle", Gate(dynamic_k, tau, oracle=True))
+        print(
+            f"{tau:6.4g} {d['executed']:9.1%} {d['flops']:7.1%} {change(d['loss'])} "
+            f"{k['executed']:9.1%} {change(k['loss'])} {o['executed']:9.1%} {change(o['loss'])}", flush=True,
+        )  # fmt: skip
+    return points
+
+
+COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
+
+
+def read_points(path: Path) -> list[dict[str, str]]:
+    """The rows of a cost_vs_loss.csv; none if it is missing or not one of ours."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+    return [row for row in rows if set(row) == set(COLUMNS)]
+
+
+def write_points(path: Path, points: list[dict]) -> None:
+    """Adds a conversion's points to the CSV, in place of an earlier conversion's by the same recipe."""
+    others = [row for row in read_points(path) if row["recipe"] != points[0]["recipe"]]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(others + points)
+    with atomic_write(path) as f:
+        f.write(text.getvalue().encode())
+
+
+def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: int, tau: float) -> None:
+    """The picture: loss against FLOPs for this conversion and all found beside it on the same text; and how many experts
+    a token executes, block by block. Without matplotlib one line says so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed, so no picture: pip install matplotlib draws cost_vs_loss.png")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for file in sorted(path.parent.absolute().parent.glob("*/cost_vs_loss.csv")):
+        rows = [row for row in read_points(file) if row["text"] == text]
+        for recipe, rule in dict.fromkeys((row["recipe"], row["rule"]) for row in rows):
+            curve = sorted((float(r["flops"]), float(r["loss"])) for r in rows if (r["recipe"], r["rule"]) == (recipe, rule))
+            style = {"dynamic_k": "o-", "top_k": "s--", "oracle": ":"}[rule]
+            left.plot(*zip(*curve, strict=True), style, markersize=3, linewidth=1, label=f"{file.parent.name}: {recipe}, {rule}")
+        for dense in {float(row["dense_loss"]) for row in rows}:
+            left.plot([1.0], [dense], "k*", markersize=8)
+    left.set(xlabel="FLOPs a token, relative to dense (star)", ylabel="loss, nats a token", xlim=(0.4, 1.1))
+    best = min(line.get_ydata().min() for line in left.lines)
+    left.set_ylim(best * 0.99, best * 1.2)  # beyond a fifth of the loss nobody would run it
+    left.legend(fontsize=6)
+    for layer, c in enumerate(counts):
+        share = torch.bincount(c["mlp"].cpu(), minlength=num_experts + 1) / len(c["mlp"])
+        right.plot(range(num_experts + 1), share.tolist(), label=f"block {layer}", linewidth=1)
+    right.set(xlabel=f"experts executed of {num_experts}, at tau {tau:g}", ylabel="share of tokens")
+    if len(counts) <= 12:
+        right.legend(fontsize=6)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    with atomic_write(path) as f:
+        f.write(picture.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a dense checkpoint to experts with dynamic-k gating.")
+    add = parser.add_argument
+    add("--ckpt", default="out", help=f"folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a GPT-2 state dict, or {', '.join(GPT2_REPOS)} (default: %(default)s)")
+    add("--out", type=Path, default=None, help="folder for d2dmoe.pt, cost_vs_loss.csv and .png (default: beside the checkpoint)")
+    add("--data", default=None, help="as in train.py (default: what the checkpoint was trained on, else stdlib)")
+    add("--tokenizer", choices=("bytes", "gpt2"), default=None, help="(default: the checkpoint's, else told by its vocabulary)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--num_experts", type=int, default=None, help="experts a feed-forward layer (default: 32)")
+    size.add_argument("--expert_size", type=int, default=None, help="neurons an expert, instead of --num_experts")
+    add("--attention", action="store_true", help="convert the attention projections too")
+    add("--split", choices=("weights", "coactivation"), default="weights", help="what makes neurons alike: their weights (the paper's), or firing together (default: %(default)s)")
+    add("--router_target", choices=("norm", "sqrt"), default="norm", help="what routers regress: the experts' output norms (the paper's), or their square roots (default: %(default)s)")
+    add("--router_width", type=int, default=None, help="hidden width of the routers (default: a quarter of d, at most the paper's 128; projections get a quarter of that)")
+    add("--baseline", choices=("none", "moefication"), default="none", help="MoEfication: classifier routers and top-k (default: %(default)s)")
+    add("--steps", type=int, default=1500, help="training steps of the routers, and of the projections (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="contexts a step (default: %(default)s)")
+    add("--lr", type=float, default=5e-3, help="peak learning rate of Adam (default: %(default)s)")
+    add("--taus", type=float, nargs="+", default=[1, 0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.7], help="rows of the table (default: %(default)s)")
+    add("--eval_windows", type=int, default=128, help="contexts of held-out text for each row (default: %(default)s)")
+    add_shared_arguments(parser)
+    args = parser.parse_args(argv)
+    for name in ("num_experts", "expert_size", "router_width", "steps", "batch_size", "eval_windows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not 0 < args.lr < math.inf or args.seed < 0:
+        parser.error("--lr must be a positive number and --seed 0 or larger")
+    if bad := [tau for tau in args.taus if not 0 <= tau <= 1]:
+        parser.error(f"--taus must lie between 0 and 1, not {bad[0]:g}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    rank, world, device = start_processes(pick_device(args.device))
+    torch.manual_seed(args.seed)
+    dense, checkpoint = load_initial(args.ckpt)
+    if dense.config.num_experts or dense.config.attention_experts:
+        sys.exit(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
+    place = Path(args.ckpt)
+    out = args.out or (place if place.is_dir() else place.parent)
+    settings = checkpoint.get("settings", {}) if isinstance(checkpoint.get("settings", {}), dict) else {}
+    data = args.data or settings.get("data", "stdlib")
+    tokenizer = args.tokenizer or checkpoint.get("tokenizer", "bytes" if dense.config.vocab_size == 257 else "gpt2")
+    if load_tokenizer(tokenizer).n_vocab > dense.config.vocab_size:
+        sys.exit(f"{args.ckpt} has a vocabulary of {dense.config.vocab_size}, too few for the tokenizer {tokenizer}")
+
+    neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, dense.config.n_embd // 4))
+    experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 32)
+    if args.expert_size and neurons % args.expert_size:
+        sys.exit(f"--expert_size {args.expert_size} does not divide the {neurons} neurons of a feed-forward layer")
+    if neurons % experts:
+        sys.exit(f"--num_experts {experts} does not divide the {neurons} neurons of a feed-forward layer")
+    config = dataclasses.replace(
+        dense.config, num_experts=experts, router_width=width,
+        router_target="share" if args.baseline == "moefication" else args.router_target,
+        attention_experts=math.gcd(dense.config.projection_width, 16) if args.attention else 0,
+        attention_router_width=max(1, width // 4) if args.attention else 0,
+    )  # fmt: skip
+    recipe = "moefication" if args.baseline == "moefication" else f"{args.split}/{args.router_target}"
+    recipe += f" E={experts} r={width}" + (" +attention" if args.attention else "")
+
+    if rank > 0:
+        dist.barrier()  # rank 0 encodes the text once
+    train_tokens, val_tokens = load_corpus(data, tokenizer, out, config.block_size)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    rows = args.batch_size
+    if rows % world:
+        sys.exit(f"--batch_size {rows} does not divide among {world} processes")
+
+    dense.to(device).requires_grad_(False)
+    clock = time.perf_counter()
+    students = None
+    if args.attention:
+        students = distill_projections(dense, train_tokens, args.steps, args.lr, rows, args.seed, weight=1e-3)
+    moe = GPT(config).to(device).requires_grad_(False)
+    sample = None
+    if args.split == "coactivation":
+        offsets = draw_offsets(len(train_tokens), max(1, 8192 // config.block_size), config.block_size, args.seed, step=-1)
+        sample, _ = take_windows(train_tokens, offsets, config.block_size, config.vocab_size, device)
+    split_model(dense, moe, students, sample, args.seed)
+    if world > 1:  # the same experts everywhere, whatever each machine's arithmetic
+        for p in moe.parameters():
+            dist.broadcast(p, 0)
+    if rank == 0:
+        print(f"{config.n_layer} blocks of {experts} experts with {neurons // experts} neurons, split in {time.perf_counter() - clock:.0f} s", flush=True)
+    for block in moe.transformer.h:
+        for layer in expert_layers(block).values():
+            layer.router.requires_grad_(True)
+    train_routers(moe, train_tokens, args.steps, args.lr, rows, args.seed + 1)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, 16)
+    if args.attention:
+        loss, _ = evaluate(moe, val_tokens, args.eval_windows, 16)
+        print(f"with imitated projections and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
+    save_checkpoint(
+        out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe, dense_loss=dense_loss,
+        settings={"data": data} | {k: v for k, v in vars(args).items() if k in ("split", "seed", "steps", "batch_size", "lr")},
+    )  # fmt: skip
+    points = cost_table(moe, val_tokens, args.eval_windows, 16, args.taus, dense_loss, args.baseline == "moefication")
+    text = f"{data} ({tokenizer}, {len(val_tokens)} held-out tokens)"
+    write_points(out / "cost_vs_loss.csv", [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": text} for p in points])
+    _, counts = measure(moe, val_tokens, args.eval_windows, 16, Gate(dynamic_k, 0.95))
+    draw(out / "cost_vs_loss.png", text, counts, experts, 0.95)
+    print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s; now: python sample.py --ckpt {out} --tau 0.95")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written that is not complete")

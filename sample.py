@@ -1,0 +1,101 @@
+"""Writes text with a converted model, shades every token by the share of experts it took, and says what that cost.
+
+    python sample.py --tau 0.9
+    python sample.py --ckpt out/ --prompt "def main(" --temperature 0.7 --top_k 50
+
+--tau decides how many experts run, and needs no retraining: 1 runs all of them, lower is cheaper.
+"""
+
+import argparse
+import codecs
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from d2dmoe import Gate, dynamic_k, flops_per_token, generate
+from train import add_shared_arguments, build_model, load_checkpoint, load_tokenizer, pick_device
+
+
+def shade(text: str, share: float) -> str:
+    """Text on a background between black (no expert executed) and red (all), for a terminal with 256 colours."""
+    background = (232, 52, 88, 124, 160, 196)[min(5, int(6 * share))]
+    return f"\x1b[48;5;{background}m\x1b[38;5;255m{text}\x1b[0m"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Generate text from a converted checkpoint.")
+    add = parser.add_argument
+    add("--ckpt", default="out", help="folder with d2dmoe.pt, or that file (default: %(default)s)")
+    add("--tau", type=float, default=0.9, help="run the experts whose predicted norm is at least (1 - tau) of the token's largest (default: %(default)s)")
+    add("--prompt", default="\n", help="text to continue (default: a line end)")
+    add("--num_samples", type=int, default=1, help="texts to write (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=500, help="tokens a text (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, default=None, help="sample among the k likeliest tokens (default: all)")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts; auto: on a terminal (default: %(default)s)")
+    add_shared_arguments(parser)
+    args = parser.parse_args(argv)
+    if not 0 <= args.tau <= 1:
+        parser.error(f"--tau must be between 0 and 1, not {args.tau:g}")
+    if not 0 <= args.temperature < math.inf:
+        parser.error("--temperature must be 0 or a positive number")
+    for name in ("num_samples", "max_new_tokens", "top_k"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.seed < 0:
+        parser.error("--seed must be 0 or larger")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.ckpt, "d2dmoe.pt")
+    model = build_model(checkpoint, args.ckpt).to(device).eval()
+    config = model.config
+    if not config.num_experts:
+        sys.exit(f"{args.ckpt} is a dense model: convert it first with python convert.py --ckpt {Path(args.ckpt)}")
+    tokenizer = load_tokenizer(str(checkpoint.get("tokenizer", "bytes")))
+    prompt = tokenizer.encode(args.prompt, disallowed_special=()) or [tokenizer.eot_token]
+    if len(prompt) > config.block_size:
+        sys.exit(f"the prompt has {len(prompt)} tokens and the model's context {config.block_size}: shorten --prompt")
+    if max(prompt) >= config.vocab_size:
+        sys.exit(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+    color = args.color == "always" or args.color == "auto" and sys.stdout.isatty()
+    write = lambda text: print(text, end="", flush=True)  # noqa: E731
+
+    generator = torch.Generator(device).manual_seed(args.seed)
+    total = {"mlp": config.num_experts} | dict.fromkeys("qkvo", config.attention_experts)
+    shares, flops, dense_flops, seconds = [], 0.0, 0.0, 0.0
+    for sample in range(args.num_samples):
+        if sample:
+            write("\n---------------\n")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
+        write(args.prompt)
+        idx = torch.tensor([prompt], device=device)  # [1, T]
+        clock = time.perf_counter()
+        for i, (token, measured) in enumerate(generate(
+            model, idx, args.max_new_tokens, Gate(dynamic_k, args.tau), args.temperature, args.top_k, generator
+        )):  # fmt: skip
+            counts = [{name: executed.sum().item() for name, executed in m.items()} for m in measured]
+            context = min(len(prompt) + i, config.block_size)
+            flops += flops_per_token(config, context, counts)
+            dense_flops += flops_per_token(config, context)
+            shares.append(sum(sum(c.values()) for c in counts) / sum(total[name] for c in counts for name in c))
+            text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()) if token.item() < tokenizer.n_vocab else b"?")
+            write(shade(text, shares[-1]) if color else text)
+        seconds += time.perf_counter() - clock
+    print(
+        f"\n\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the "
+        f"dense model's FLOPs, {len(shares) / seconds:.0f} tokens a second"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
