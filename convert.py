@@ -5,9 +5,9 @@
     python convert.py --ckpt out/ --attention                  the attention projections too
     python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
 
-1. With --attention: train a two-layer MLP to imitate each attention projection (the paper, section 3.4).
-2. Cut every two-layer MLP into experts of equal size: balanced k-means on its neurons (section 3.2).
-3. Train a router for each to predict the norms of its experts' outputs (section 3.3). Nothing else changes.
+1. With --attention: train a two-layer MLP to imitate each attention projection.
+2. Cut every two-layer MLP into experts of equal size: balanced k-means on its neurons.
+3. Train a router for each to predict the norms of its experts' outputs. Nothing else changes.
 4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
 """
 
@@ -37,7 +37,7 @@ from train import (
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Balanced k-means (the paper, section 3.2; MoEfication, section 3.2)
+# Balanced k-means, as in MoEfication and the paper
 
 
 def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
@@ -85,7 +85,7 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, restarts: int = 3, iterat
         for _ in range(iterations):
             score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2 but for |p|^2
             # at least some roundings of a float32, or equal points would outbid each other for ever
-            epsilon = max(1e-2 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
+            epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
             assignment = assign_balanced(score, prices, epsilon)
             centers = torch.zeros_like(centers).index_add_(0, assignment, points) / (n // k)
             previous, squares = squares, (points - centers[assignment]).square().sum().item()
@@ -168,7 +168,7 @@ INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "mlp": "mlp"}  # which
 
 def projection_loss(student: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
     """How far a two-layer MLP is from the linear projection that it replaces: the mean squared error relative to the
-    target's variance, plus weight * the sparsity penalty (the paper, section 3.4). x, target [N, d] -> scalar"""
+    target's variance, plus weight * the sparsity penalty. x, target [N, d] -> scalar"""
     y, penalty = student(x)
     return F.mse_loss(y, target) / target.var() + weight * penalty
 
@@ -205,7 +205,7 @@ def expert_layers(block: Block) -> dict[str, DynamicKMoE]:
 def router_loss(moe: DynamicKMoE, x: Tensor) -> Tensor:
     """What a router is trained on, for tokens x [N, d]; scalar.
 
-    norm: mean squared error against || a_e W2_e || (the paper, equation 4). sqrt: the same between square roots, because
+    norm: mean squared error against || a_e W2_e ||, equation (4). sqrt: the same between square roots, because
     the rule looks at norms relative to the largest and plain squares are blind to the small ones. share: MoEfication's
     binary cross-entropy against each expert's sum of positive activations over the token's largest such sum.
     """
@@ -253,7 +253,7 @@ def split_model(dense: GPT, moe: GPT, students: list[dict[str, MLP]] | None, sam
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cost against loss (the paper, figure 4)
+# Cost against loss
 
 
 def top_share(norms: Tensor, share: float) -> Tensor:
@@ -379,7 +379,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", default=None, help="as in train.py (default: what the checkpoint was trained on, else stdlib)")
     add("--tokenizer", choices=("bytes", "gpt2"), default=None, help="(default: the checkpoint's, else told by its vocabulary)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--num_experts", type=int, default=None, help="experts a feed-forward layer (default: 32)")
+    size.add_argument("--num_experts", type=int, default=None, help="experts a feed-forward layer (default: 64)")
     size.add_argument("--expert_size", type=int, default=None, help="neurons an expert, instead of --num_experts")
     add("--attention", action="store_true", help="convert the attention projections too")
     add("--split", choices=("weights", "coactivation"), default="weights", help="what makes neurons alike: their weights (the paper's), or firing together (default: %(default)s)")
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"{args.ckpt} has a vocabulary of {dense.config.vocab_size}, too few for the tokenizer {tokenizer}")
 
     neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, dense.config.n_embd // 4))
-    experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 32)
+    experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 64)
     if args.expert_size and neurons % args.expert_size:
         sys.exit(f"--expert_size {args.expert_size} does not divide the {neurons} neurons of a feed-forward layer")
     if neurons % experts:

@@ -6,6 +6,8 @@ of which every token runs only those that matter to it.
     Zhang et al. MoEfication: Transformer Feed-forward Layers are Mixtures of Experts. arXiv 2110.01786.
     Radford et al. Language Models are Unsupervised Multitask Learners (GPT-2), whose parameter names are kept.
 
+Equation numbers are those of the README's page on the method.
+
 One class, `GPT`, is both the dense model that is trained and the converted model that is run. What a layer measures, the
 sparsity penalty of a dense one or the experts that a converted one executed, comes back as a return value.
 
@@ -49,7 +51,7 @@ class GPTConfig:
 
     @property
     def projection_width(self) -> int:
-        """Hidden width m of the MLP that replaces a d x d projection at equal cost (the paper, section 3.4)."""
+        """Hidden width m of the MLP that replaces a d x d projection at equal cost, equation (6)."""
         d = self.n_embd
         return round((d * d + d) / (2 * d + 1))
 
@@ -77,24 +79,24 @@ class GPTConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Activation sparsity (the paper, section 3.1)
+# Activation sparsity
 
 DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activations of a GELU (the paper's GPT-2)
 
 
 def square_hoyer(a: Tensor) -> Tensor:
     """(sum_i |a_i|)^2 / sum_i a_i^2 over the last dimension, float32: between 1 and its size, the number of effectively
-    active neurons; 0 where all are zero. Kurtz et al. 2020, equation 2 of the paper.  a [..., d_ff] -> [...]"""
+    active neurons; 0 where all are zero. Equation (2), from Kurtz et al. 2020.  a [..., d_ff] -> [...]"""
     l1 = torch.linalg.vector_norm(a, 1, dim=-1, dtype=torch.float32)
     l2 = torch.linalg.vector_norm(a, 2, dim=-1, dtype=torch.float32)
     return (l1 / (l2 + 1e-8)).square()
 
 
 def sparsity_penalty(z: Tensor, activation: str, penalty: str) -> Tensor:
-    """Mean over tokens of the penalty on pre-activations z [..., d_ff]; a scalar in float32.
+    """Mean over tokens of the penalty on pre-activations z [..., d_ff], the second term of equation (1); a scalar, float32.
 
     A ReLU is penalized on its output. A GELU has no zeros to count, so its pre-activation is clamped and displaced,
-    max(z, s) - s with s = DISPLACEMENT, and is thereby pushed to where a GELU is flat (the paper, section 3.1).
+    max(z, s) - s with s = DISPLACEMENT, and is thereby pushed to where a GELU is flat.
     """
     if penalty == "none":
         return z.new_zeros((), dtype=torch.float32)
@@ -119,13 +121,13 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Routing (the paper, sections 3.2 and 3.3)
+# Routing
 
 
 class Router(nn.Module):
     """Predicts how much every expert would contribute to a token: two linear layers without bias.
 
-    target "norm": the L2 norm of the expert's output, |raw| (the paper, equation 4).
+    target "norm": the L2 norm of the expert's output, |raw|, equation (4): the paper's.
     target "sqrt": raw is trained on the norm's square root and squared here, so that small norms weigh more in the loss.
     target "share": MoEfication's classifier, a tanh inside and a logit for the expert's share of activation mass.
     """
@@ -152,7 +154,7 @@ class Router(nn.Module):
 def dynamic_k(norms: Tensor, tau: float) -> Tensor:
     """Run the experts whose predicted norm is not small beside the token's largest: r_e >= (1 - tau) max_j r_j.
 
-    The paper's equation 5 with its threshold written as 1 - tau: tau = 1 runs all experts, tau = 0 the best one.
+    Equation (5); the paper writes its threshold for 1 - tau. tau = 1 runs all experts, tau = 0 the best one.
     norms [..., E], not negative -> executed [..., E] bool, at least one True a token. Raises ValueError unless 0 <= tau <= 1.
     """
     if not 0 <= tau <= 1:
@@ -179,7 +181,7 @@ class Gate(NamedTuple):
 
 
 def expert_norms(a: Tensor, w2: Tensor) -> Tensor:
-    """The L2 norm of every expert's output, || a_e W2_e ||: what a router is to predict (the paper, equation 3).
+    """The L2 norm of every expert's output, || a_e W2_e ||: what a router is to predict, equation (3).
 
     a [N, E, h], w2 [E, h, d] -> [N, E]. Through the Gram matrix, ||a W||^2 = a (W W^T) a^T, so that no [N, E, d] is made.
     """
@@ -408,7 +410,7 @@ def generate(
 
 def flops_per_token(config: GPTConfig, context: float, executed: list[dict[str, float]] | None = None) -> float:
     """Floating-point operations of the matrix multiplies for one token that attends to `context` tokens; a
-    multiply-add is two. Counted: projections, attention, feed-forward, routers, LM head (section 4 of the paper does so).
+    multiply-add is two. Counted: projections, attention, feed-forward, routers, LM head.
 
     executed: for every block the mean number of experts a token executed, by layer name as in Block; None: the dense model.
     """

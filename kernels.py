@@ -2,7 +2,7 @@
 
 For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of expert e,
 
-    y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361, section 3.3)
+    y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361)
 
     masked_ffn    compute everything, then zero what was not selected: the definition, differentiable, never faster
     looped_ffn    one token on a CPU: multiply by the selected blocks of the weights where they lie, copy nothing

@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
             dense_flops += flops_per_token(config, context)
             shares.append(sum(sum(c.values()) for c in counts) / sum(total[name] for c in counts for name in c))
             text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()) if token.item() < tokenizer.n_vocab else b"?")
-            write(shade(text, shares[-1]) if color else text)
+            write(shade(text, shares[-1]) if color and text.strip("\r\n") else text)
+        write(decoder.decode(b"", final=True))
         seconds += time.perf_counter() - clock
     print(
         f"\n\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the "

@@ -7,6 +7,7 @@ D2DMOE_LONG=1 makes the kill and fuzz sweeps ten times longer.
 import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -957,3 +958,269 @@ def test_shading(trained, capsys):
     assert "\x1b[48;5;" in capsys.readouterr().out
     shades = [sample.shade("x", share) for share in (0.01, 0.5, 1.0)]
     assert len(set(shades)) == 3 and all("x" in s and s.endswith("\x1b[0m") for s in shades)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong: one clear line, a non-zero exit, nothing lost
+
+
+def refused(main, *arguments):
+    """Runs a script's main and returns the line that it ends with; it must end, and not with success."""
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(stderr):
+        main([str(a) for a in arguments])
+    if isinstance(end.value.code, str):
+        assert "\n" not in end.value.code.strip()
+        return end.value.code
+    assert end.value.code not in (None, 0)
+    return stderr.getvalue().strip().splitlines()[-1]
+
+
+class Evil:
+    """A pickle that creates a file when it is loaded"""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
+    text, ckpt = trained / "text.txt", trained / "ckpt.pt"
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "half.pt").write_bytes(ckpt.read_bytes()[: ckpt.stat().st_size // 2])
+    (tmp_path / "photo.pt").write_bytes(b"\x89PNG\r\n" * 100)
+    (tmp_path / "list.pt").write_bytes(b"")
+    torch.save({"model": {}, "evil": Evil(tmp_path / "executed")}, tmp_path / "evil.pt")
+    with open(tmp_path / "plain.pkl", "wb") as f:
+        pickle.dump(Evil(tmp_path / "executed"), f)
+    np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    before = {p: p.read_bytes() for p in trained.iterdir() if p.suffix == ".pt"}
+    out, small = tmp_path / "out", [*TINY, "--steps", "10", "--data", text]
+
+    for message, main, *arguments in [
+        ("no checkpoint at .*nowhere", sample.main, "--ckpt", tmp_path / "nowhere"),
+        ("no checkpoint at .*d2dmoe.pt: run train.py first, then convert.py", sample.main, "--ckpt", tmp_path),
+        ("no checkpoint at", convert.main, "--ckpt", tmp_path / "nowhere"),
+        ("no checkpoint at", train.main, "--init", "resume", "--out", out),
+        ("no checkpoint at", train.main, *small, "--out", out, "--init", tmp_path / "nowhere.pt"),
+        ("half.pt is damaged or not a checkpoint", convert.main, "--ckpt", tmp_path / "half.pt"),
+        ("photo.pt is damaged or not a checkpoint", sample.main, "--ckpt", tmp_path / "photo.pt"),
+        ("list.pt is damaged or not a checkpoint", sample.main, "--ckpt", tmp_path / "list.pt"),
+        ("evil.pt is damaged or not a checkpoint", convert.main, "--ckpt", tmp_path / "evil.pt"),
+        ("plain.pkl is damaged or not a checkpoint", sample.main, "--ckpt", tmp_path / "plain.pkl"),
+        ("is a dense model: convert it first", sample.main, "--ckpt", ckpt),
+        ("is converted already", convert.main, "--ckpt", trained / "d2dmoe.pt"),
+        ("is a converted model: training starts from a dense one", train.main, *small, "--out", out, "--init", trained / "d2dmoe.pt"),
+        ("tau must be between 0 and 1, not 1.5", sample.main, "--ckpt", trained, "--tau", "1.5"),
+        ("tau must be between 0 and 1, not nan", sample.main, "--ckpt", trained, "--tau", "nan"),
+        ("taus must lie between 0 and 1, not -0.5", convert.main, "--ckpt", trained, "--taus", "0.5", "-0.5"),
+        ("num_experts 7 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--num_experts", "7"),
+        ("expert_size 5 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--expert_size", "5"),
+        ("not allowed with argument", convert.main, "--ckpt", trained, "--expert_size", "8", "--num_experts", "8"),
+        ("tokens are too few for a context of 16", train.main, *small, "--out", out, "--data", tmp_path / "empty.txt"),
+        ("no such file or folder", train.main, *small, "--out", out, "--data", tmp_path / "nowhere"),
+        ("token 300 lies outside the model's vocabulary of 257", train.main, *small, "--out", out, "--data", tmp_path),
+        ("the prompt has 17 tokens and the model's context 16", sample.main, "--ckpt", trained, "--prompt", "x" * 17),
+        ("n_embd 15 must be a multiple of n_head", train.main, *small, "--out", out, "--n_embd", "15"),
+        ("--device cuda:77 cannot be used here", sample.main, "--ckpt", trained, "--device", "cuda:77"),
+        ("--device toaster cannot be used here", train.main, "--device", "toaster"),
+        ("--steps must be at least 1", train.main, "--steps", "0"),
+        ("--lr must be a finite number", train.main, "--lr", "nan"),
+        ("block_size 99 is longer than the checkpoint's 16", train.main, *small, "--out", out, "--init", ckpt, "--block_size", "99"),
+    ]:  # fmt: skip
+        line = refused(main, *arguments)
+        assert re.search(message, line), f"{arguments}: {line}"
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    assert "connect to the internet once, or set TIKTOKEN_CACHE_DIR" in refused(train.main, *small, "--out", out, "--tokenizer", "gpt2")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+    assert "connect to the internet, or download it" in refused(train.main, *small, "--out", out, "--init", "gpt2")
+    assert not (tmp_path / "executed").exists() and not (out / "ckpt.pt").exists()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(trained, tmp_path):
+    shutil.copy(trained / "ckpt.pt", tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    line = refused(train.main, "--init", "resume", "--out", tmp_path, "--steps", "40", "--lr", "1e30", "--warmup", "0", "--eval_every", "100")
+    assert re.search(r"step 3\d: loss .*: not finite.*try a lower --lr", line)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    poisoned = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    poisoned["model"]["transformer.wte.weight"][:] = math.nan
+    torch.save(poisoned, tmp_path / "nan.pt")
+    assert "the loss is not finite" in refused(convert.main, *CONVERT, "--ckpt", tmp_path / "nan.pt", "--data", trained / "text.txt", "--out", tmp_path)
+    assert not (tmp_path / "d2dmoe.pt").exists()
+
+
+def script(name, *arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(HERE / name), *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_says_how_to_resume(trained, tmp_path, number):
+    arguments = [*TINY, "--data", trained / "text.txt", "--out", tmp_path, "--steps", "100000", "--eval_every", "10"]
+    process = script("train.py", *arguments)
+    for line in process.stdout:
+        if re.match(r" +20 ", line):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    step = int(re.search(r"stopped at step (\d+) and saved; go on with: python train.py --init resume --out", out)[1])
+    assert step >= 20 and torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == step
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
+    shutil.copy(trained / "ckpt.pt", tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes: more than the tokens, less than a checkpoint
+    process = script("train.py", "--init", "resume", "--out", tmp_path, "--steps", "40", preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert re.fullmatch(r"cannot write .*ckpt.pt: .*; what was there before is untouched", err.strip()), err
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["train.py", "convert.py"])
+def test_killed_at_random_there_is_no_checkpoint_or_a_whole_one(trained, tmp_path, name):
+    """A child is forked from a process that has imported everything, so that a kill costs a fraction of a second."""
+    for name_ in ("ckpt.pt", "text.txt"):
+        shutil.copy(trained / name_, tmp_path)
+    train_arguments = [*TINY, "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--steps", "1000000", "--eval_every", "1", "--eval_windows", "1"]
+    convert_arguments = [*CONVERT, "--ckpt", str(tmp_path), "--out", str(tmp_path / "run"), "--taus", "1", "--steps", "2"]
+    code = f"""
+import os, sys, time, random, signal
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, {str(HERE)!r})
+import torch, torch._dynamo, train, convert  # the optimizer would import _dynamo in every child
+torch.set_num_threads(1)
+draw = random.Random(1)
+for trial in range({10 * LONG}):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        while True:
+            if {name == "train.py"}:
+                train.main({train_arguments!r} + (["--init", "resume"] if os.path.exists({str(tmp_path / "run/ckpt.pt")!r}) else []))
+            else:
+                convert.main({convert_arguments!r})
+    time.sleep(0.2 + 2 * draw.random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    path = {str(tmp_path / "run")!r} + ("/ckpt.pt" if {name == "train.py"} else "/d2dmoe.pt")
+    if os.path.exists(path):
+        checkpoint = train.load_checkpoint(path)
+        train.build_model(checkpoint, path)
+        print("whole", checkpoint.get("step", 0), flush=True)
+    else:
+        print("none", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300 * LONG)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert len(lines) == 10 * LONG and lines.count("none") < 5 * LONG, result.stderr[-2000:]
+    if name == "train.py":
+        steps = [int(line.split()[1]) for line in lines if line != "none"]
+        assert steps == sorted(steps) and steps[-1] > steps[0]  # each resumed from the one before
+
+
+def test_corrupted_checkpoints_are_refused_or_load_to_the_same_values(trained, tmp_path):
+    draw = random.Random(0)
+    good = train.load_checkpoint(trained, "d2dmoe.pt")
+    raw = (trained / "d2dmoe.pt").read_bytes()
+    path, marker, refusals = tmp_path / "c.pt", tmp_path / "executed", 0
+
+    def edited():
+        """A file written by torch.save whose content is wrong"""
+        c = {**good, "model": dict(good["model"]), "config": dict(good["config"])}
+        name = draw.choice(list(c["model"]))
+        how = draw.randrange(7)
+        if how == 0:
+            del c["model"][name]
+        elif how == 1:
+            c["model"][name] = c["model"][name][..., :-1]
+        elif how == 2:
+            c["model"][name] = draw.choice([None, "text", 3, [1.0]])
+        elif how == 3:
+            c["config"][draw.choice(["n_layer", "n_embd", "vocab_size", "block_size", "num_experts", "router_width"])] = draw.choice([0, -1, 3, 10**9, "4", None, 2.5])
+        elif how == 4:
+            del c[draw.choice(["model", "config"])]
+        elif how == 5:
+            c[draw.choice(["model", "config"])] = draw.choice([None, [], "x", 5])
+        else:
+            c["extra"] = Evil(marker)
+        torch.save(c, path)
+
+    for trial in range(210 * LONG):
+        kind = trial % 3
+        if kind == 0:
+            path.write_bytes(raw[: draw.randrange(len(raw))])
+        elif kind == 1:
+            flipped = bytearray(raw)
+            for _ in range(draw.choice([1, 1, 3, 50])):
+                flipped[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+        else:
+            edited()
+        try:
+            model = train.build_model(train.load_checkpoint(path), path)
+        except SystemExit as end:
+            refusals += 1
+            assert isinstance(end.code, str) and "\n" not in end.code and str(path) in end.code
+        else:
+            assert kind != 2, "wrong content was accepted"
+            assert_same_weights(model.state_dict(), good["model"])
+    assert refusals > 150 * LONG and not marker.exists()
+
+
+def test_random_command_lines_have_a_clear_outcome(trained, tmp_path, capsys, monkeypatch):
+    draw = random.Random(0)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError()))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(ConnectionError()))
+    text, numbers = str(trained / "text.txt"), ["0", "1", "2", "3", "8", "-1", "nan", "1e9", "x", ""]
+    options = {
+        train.main: {
+            "--init": ["scratch", "resume", "gpt2", str(trained), "nowhere"], "--data": [text, "nowhere", str(tmp_path)], "--tokenizer": ["bytes", "gpt2", "x"],
+            "--n_layer": ["1", "0", "x"], "--n_head": ["1", "3"], "--n_embd": ["8", "7"], "--block_size": ["8", "0", "-3", "4000"], "--activation": ["relu", "gelu", "x"],
+            "--penalty": ["hoyer", "l1", "none"], "--alpha": numbers, "--batch_size": ["1", "3", "0"], "--grad_accum": ["1", "2", "-1"], "--lr": numbers,
+            "--warmup": ["0", "5", "-1"], "--grad_clip": ["0", "1", "inf"], "--eval_every": ["1", "0"], "--eval_windows": ["1", "5"], "--dtype": ["float32", "bfloat16", "x"],
+            "--seed": numbers, "--no_bias": [None], "--preset": ["default"], "--bogus": ["1"],
+        },
+        convert.main: {
+            "--num_experts": ["4", "5", "0", "64", "x"], "--expert_size": ["4", "3", "64"], "--attention": [None], "--split": ["weights", "coactivation", "x"],
+            "--router_target": ["norm", "sqrt", "x"], "--router_width": ["1", "0", "5"], "--baseline": ["none", "moefication"], "--batch_size": ["1", "2", "0"], "--lr": numbers,
+            "--taus": ["0", "0.5", "2", "x"], "--seed": numbers, "--data": [text, "nowhere"], "--tokenizer": ["bytes", "gpt2"], "--device": ["cpu", "toaster"],
+        },
+        sample.main: {
+            "--tau": numbers, "--prompt": ["", "ab", "\u00e9\U0001f600", "x" * 40, "<|endoftext|>"], "--num_samples": ["1", "2", "0"], "--temperature": numbers,
+            "--top_k": numbers, "--color": ["always", "never", "x"], "--seed": numbers, "--device": ["cpu", "toaster"],
+        },
+    }  # fmt: skip
+    outcomes = {"done": 0, "refused": 0}
+    for trial in range(120 * LONG):
+        main = draw.choice(list(options))
+        arguments = []
+        for option in draw.sample(list(options[main]), draw.randint(1, 3)):
+            value = draw.choice(options[main][option])
+            arguments += [option] if value is None else [option, value]
+        out = str(tmp_path / f"out{trial}")
+        base = {
+            train.main: [*TINY, "--data", text, "--steps", "1", "--out", out], convert.main: [*CONVERT, "--ckpt", str(trained), "--steps", "1", "--taus", "0.9", "--out", out, "--num_experts", "8"],
+            sample.main: ["--ckpt", str(trained), "--max_new_tokens", "3", "--device", "cpu"],
+        }[main]  # fmt: skip
+        try:
+            main(base + arguments)
+            outcomes["done"] += 1
+        except SystemExit as end:
+            message = end.code if isinstance(end.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+            assert end.code != 0 and message and "Traceback" not in message and "\n" not in message.strip(), (arguments, message)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 15 * LONG, outcomes

@@ -5,7 +5,7 @@
     python train.py --preset gpt2 --init gpt2 --data FOLDER            fine-tune GPT-2 as the paper does
     torchrun --nproc_per_node=8 train.py ...            the same tokens a step, on eight GPUs
 
-loss = cross entropy + alpha * mean over feed-forward layers of penalty(activations)         (the paper, equation 2)
+loss = cross entropy + alpha * mean over feed-forward layers of penalty(activations)         equation (1) of the README
 
 The file in the order in which it runs: text -> tokens -> batches -> evaluation -> checkpoints -> settings -> the loop.
 """
@@ -110,7 +110,7 @@ def encode_files(files: list[Path], tokenizer: tiktoken.Encoding, target: Path) 
 
     def flush(pieces):
         for tokens in tokenizer.encode_ordinary_batch(pieces, num_threads=cores):
-            np.array(tokens, dtype=np.uint16).tofile(out)
+            out.write(np.array(tokens, dtype=np.uint16).tobytes())
 
     with atomic_write(target) as out:
         for file in files:
@@ -121,7 +121,7 @@ def encode_files(files: list[Path], tokenizer: tiktoken.Encoding, target: Path) 
                     flush(pieces)
                     pieces = []
             flush(pieces)
-            np.array([tokenizer.eot_token], dtype=np.uint16).tofile(out)
+            out.write(np.array([tokenizer.eot_token], dtype=np.uint16).tobytes())
 
 
 def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,8 +234,10 @@ def atomic_write(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        sys.exit(f"cannot write {path}: {error.strerror or error}; what was there before is untouched")
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        sys.exit(f"cannot write {path}: {reason}; what was there before is untouched")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -243,7 +245,6 @@ def atomic_write(path: Path):
 def save_checkpoint(path: Path, model: GPT, **rest) -> None:
     """Weights, config and `rest` (plain numbers, strings, tensors and dicts of them) in one file, written atomically."""
     with atomic_write(path) as f:
-        # torch.save reports a full disk as a RuntimeError of its own, and an OSError only from a file of ours.
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
 
 
@@ -422,7 +423,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def penalty_weight(step: int, steps: int, alpha: float) -> float:
-    """The ramp of the paper: linear from 0 to alpha over the first half of training."""
+    """Linear from 0 to alpha over the first half of training."""
     return alpha * min(1.0, step / (0.5 * steps))
 
 
@@ -534,7 +535,7 @@ def main(argv: list[str] | None = None) -> None:
                     cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
                     penalty = torch.stack([m["penalty"] for m in measured]).mean()
                     share = len(x) * world / rows  # pieces may differ in size
-                    loss = share * (cross_entropy + alpha * penalty)  # equation 2
+                    loss = share * (cross_entropy + alpha * penalty)  # equation (1)
                 loss.backward()
             total += share * cross_entropy.detach()
         upcoming = batches(step + 1)  # copied to a GPU while that computes
