@@ -489,7 +489,8 @@ def test_gpt2_weights_give_gpt2s_logits(d, tmp_path):
     weights = random_gpt2(d, n_layer=2)
     stored = {f"transformer.{k}": t for k, t in weights.items()} | {"lm_head.weight": weights["wte.weight"]} if d == 1024 else weights
     torch.save(stored, tmp_path / "pytorch_model.bin")
-    model, _ = train.load_initial(str(tmp_path / "pytorch_model.bin"))
+    source = (tmp_path / "pytorch_model.bin").as_uri() if d == 768 else str(tmp_path / "pytorch_model.bin")
+    model, _ = train.load_initial(source)
     assert (model.config.n_head, model.config.n_layer, model.config.activation) == (d // 64, 2, "gelu_tanh")
     idx = torch.randint(1000, (2, 33))
     assert (model(idx)[0].double() - plain_gpt2(weights, idx, d // 64)).abs().max() < 1e-4

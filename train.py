@@ -23,6 +23,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import tiktoken
@@ -197,6 +199,7 @@ def evaluate(
     last = len(tokens) - config.block_size - 1
     offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()
     total, executed = 0.0, [{} for _ in range(config.n_layer)]
+    batch_size = max(1, min(batch_size, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
     for chunk in offsets.split(batch_size):
         x, y = take_windows(tokens, chunk, config.block_size, config.vocab_size, device)
         with autocast:
@@ -308,17 +311,15 @@ GPT2_REPOS = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-communit
 
 def load_initial(init: str) -> tuple[GPT, dict]:
     """The model that --init names (a GPT-2 of OpenAI's, a file:// URL or a path) and the checkpoint it came in."""
-    if init in GPT2_REPOS or init.startswith("file://"):
-        url = HUB.format(name=GPT2_REPOS[init]) if init in GPT2_REPOS else init
-        try:
-            # One cache file a model: every repository calls its file pytorch_model.bin.
-            name = f"{init}.bin" if init in GPT2_REPOS else hashlib.sha256(url.encode()).hexdigest()[:12] + ".bin"
-            checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, weights_only=True)
+    if init in GPT2_REPOS:
+        url = HUB.format(name=GPT2_REPOS[init])
+        try:  # one cache file a model: every repository calls its file pytorch_model.bin
+            checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{init}.bin", weights_only=True)
         except Exception as error:  # the network's many errors, or a file that is no state dict
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             sys.exit(f"cannot load {url} ({reason}): connect to the internet, or download it and give its path to --init")
     else:
-        checkpoint = load_checkpoint(init)
+        checkpoint = load_checkpoint(url2pathname(urlsplit(init).path) if init.startswith("file://") else init)
     return build_model(checkpoint, init), checkpoint
 
 
