@@ -29,11 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2dmoe import GPT, MLP, Block, DynamicKMoE, Gate, dynamic_k, expert_norms, flops_per_token, top_k
+from d2dmoe import GPT, MLP, Block, DynamicKMoE, Gate, dynamic_k, executed_share, expert_norms, flops_per_token, top_k
 from kernels import ACTIVATIONS
 from train import (
-    GPT2_REPOS, add_shared_arguments, atomic_write, build_model, draw_offsets, evaluate, learning_rate, load_checkpoint,
-    load_corpus, load_initial, load_tokenizer, pick_device, save_checkpoint, start_processes, take_windows,
+    GPT2_REPOS, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, evaluate, learning_rate,
+    load_corpus, load_initial, local_path, pick_device, rank_zero_first, save_checkpoint, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +105,7 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
     """Neurons by when they contribute: |activation| times the norm of the neuron's W2 column, for each of the tokens
     x [N, d], at unit length, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
     a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs() * mlp.c_proj.weight.norm(dim=0)  # [N, d_ff]
+    a = a.cpu()  # where the clustering runs
     u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
     return u * s
 
@@ -265,12 +266,11 @@ def measure(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: G
     """Executed share of all experts, FLOPs a token relative to dense, and loss, under a gate; and the counts a token."""
     config = moe.config
     loss, counts = evaluate(moe, tokens, windows, batch_size, gate)
-    means = [{name: c.double().mean().item() for name, c in layer.items()} for layer in counts]
-    total = {"mlp": config.num_experts} | dict.fromkeys(PROJECTIONS, config.attention_experts)
+    means = [{name: c.float().mean().item() for name, c in layer.items()} for layer in counts]
     context = (config.block_size + 1) / 2  # what a token attends to, on average over a window
     return {
         "value": gate.value,
-        "executed": sum(sum(m.values()) for m in means) / sum(total[name] for m in means for name in m),
+        "executed": executed_share(config, means),
         "flops": flops_per_token(config, context, means) / flops_per_token(config, context),
         "loss": loss,
     }, counts
@@ -308,6 +308,26 @@ def cost_table(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, taus
     return points
 
 
+def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] | None:
+    """Executed share and relative FLOPs at a loss, read off a rule's curve by linear interpolation; None outside of it."""
+    curve = sorted((p["loss"], p["executed"], p["flops"]) for p in points if p["rule"] == rule)
+    for (a, *low), (b, *high) in zip(curve, curve[1:]):
+        if a <= loss <= b:
+            share = (loss - a) / (b - a) if b > a else 0.0
+            executed, flops = (x + share * (y - x) for x, y in zip(low, high, strict=True))
+            return executed, flops
+    return None
+
+
+def print_read_off(points: list[dict], dense_loss: float) -> None:
+    """What each rule costs at 1% and at 2% above the dense loss"""
+    print()
+    for percent in (1, 2):
+        for rule in dict.fromkeys(p["rule"] for p in points):
+            if cost := cost_at(points, rule, dense_loss * (1 + percent / 100)):
+                print(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts, {cost[1]:6.1%} of the FLOPs")
+
+
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
 
 
@@ -332,7 +352,7 @@ def write_points(path: Path, points: list[dict]) -> None:
         f.write(text.getvalue().encode())
 
 
-def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: int, tau: float) -> None:
+def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: int, gate: Gate) -> None:
     """The picture: loss against FLOPs for this conversion and all found beside it on the same text; and how many experts
     a token executes, block by block. Without matplotlib one line says so."""
     try:
@@ -359,7 +379,7 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
     for layer, c in enumerate(counts):
         share = torch.bincount(c["mlp"].cpu(), minlength=num_experts + 1) / len(c["mlp"])
         right.plot(range(num_experts + 1), share.tolist(), label=f"block {layer}", linewidth=1)
-    right.set(xlabel=f"experts executed of {num_experts}, at tau {tau:g}", ylabel="share of tokens")
+    right.set(xlabel=f"experts executed of {num_experts}, {gate.rule.__name__} {gate.value:g}", ylabel="share of tokens")
     if len(counts) <= 12:
         right.legend(fontsize=6)
     picture = io.BytesIO()
@@ -396,8 +416,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("num_experts", "expert_size", "router_width", "steps", "batch_size", "eval_windows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if not 0 < args.lr < math.inf or args.seed < 0:
-        parser.error("--lr must be a positive number and --seed 0 or larger")
+    if not 0 < args.lr < math.inf:
+        parser.error("--lr must be a positive number")
+    check_seed(parser, args.seed)
     if bad := [tau for tau in args.taus if not 0 <= tau <= 1]:
         parser.error(f"--taus must lie between 0 and 1, not {bad[0]:g}")
     return args
@@ -405,18 +426,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    rank, world, device = start_processes(pick_device(args.device))
+    device = pick_device(args.device)
+    rank, world = start_processes(device)
     torch.manual_seed(args.seed)
-    dense, checkpoint = load_initial(args.ckpt)
+    with rank_zero_first(rank, world):
+        dense, checkpoint = load_initial(args.ckpt)
     if dense.config.num_experts or dense.config.attention_experts:
         sys.exit(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
-    place = Path(args.ckpt)
+    place = local_path(args.ckpt)
     out = args.out or (place if place.is_dir() else place.parent)
     settings = checkpoint.get("settings", {}) if isinstance(checkpoint.get("settings", {}), dict) else {}
     data = args.data or settings.get("data", "stdlib")
-    tokenizer = args.tokenizer or checkpoint.get("tokenizer", "bytes" if dense.config.vocab_size == 257 else "gpt2")
-    if load_tokenizer(tokenizer).n_vocab > dense.config.vocab_size:
-        sys.exit(f"{args.ckpt} has a vocabulary of {dense.config.vocab_size}, too few for the tokenizer {tokenizer}")
+    tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size)
 
     neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, dense.config.n_embd // 4))
     experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 64)
@@ -433,11 +454,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = "moefication" if args.baseline == "moefication" else f"{args.split}/{args.router_target}"
     recipe += f" E={experts} r={width}" + (" +attention" if args.attention else "")
 
-    if rank > 0:
-        dist.barrier()  # rank 0 encodes the text once
-    train_tokens, val_tokens = load_corpus(data, tokenizer, out, config.block_size)
-    if rank == 0 and world > 1:
-        dist.barrier()
+    with rank_zero_first(rank, world):
+        train_tokens, val_tokens = load_corpus(data, tokenizer, out, config.block_size)
     rows = args.batch_size
     if rows % world:
         sys.exit(f"--batch_size {rows} does not divide among {world} processes")
@@ -476,10 +494,12 @@ def main(argv: list[str] | None = None) -> None:
         settings={"data": data} | {k: v for k, v in vars(args).items() if k in ("split", "seed", "steps", "batch_size", "lr")},
     )  # fmt: skip
     points = cost_table(moe, val_tokens, args.eval_windows, 16, args.taus, dense_loss, args.baseline == "moefication")
+    print_read_off(points, dense_loss)
     text = f"{data} ({tokenizer}, {len(val_tokens)} held-out tokens)"
     write_points(out / "cost_vs_loss.csv", [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": text} for p in points])
-    _, counts = measure(moe, val_tokens, args.eval_windows, 16, Gate(dynamic_k, 0.95))
-    draw(out / "cost_vs_loss.png", text, counts, experts, 0.95)
+    gate = Gate(top_share, 0.25) if args.baseline == "moefication" else Gate(dynamic_k, 0.95)
+    _, counts = measure(moe, val_tokens, args.eval_windows, 16, gate)
+    draw(out / "cost_vs_loss.png", text, counts, experts, gate)
     print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s; now: python sample.py --ckpt {out} --tau 0.95")
 
 

@@ -55,6 +55,12 @@ class GPTConfig:
         d = self.n_embd
         return round((d * d + d) / (2 * d + 1))
 
+    def experts(self, name: str) -> tuple[int, int, int]:
+        """E, neurons in all, and router width of a converted layer: "mlp", or a projection, "q", "k", "v" or "o"."""
+        if name == "mlp":
+            return self.num_experts, self.d_ff, self.router_width
+        return self.attention_experts, self.projection_width, self.attention_router_width
+
     def check(self) -> None:
         """Raises ValueError, in one line, for sizes that cannot be built."""
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
@@ -68,10 +74,8 @@ class GPTConfig:
             raise ValueError(f"penalty must be hoyer, l1 or none, not {self.penalty!r}")
         if self.router_target not in ("norm", "sqrt", "share"):
             raise ValueError(f"router_target must be norm, sqrt or share, not {self.router_target!r}")
-        for what, E, neurons, width in (
-            ("d_ff", self.num_experts, self.d_ff, self.router_width),
-            ("the projections' width", self.attention_experts, self.projection_width, self.attention_router_width),
-        ):
+        for what, name in (("d_ff", "mlp"), ("the projections' width", "q")):
+            E, neurons, width = self.experts(name)
             if not isinstance(E, int) or E < 0 or (E and neurons % E):
                 raise ValueError(f"{E} experts do not divide {what} {neurons} evenly")
             if E and not (isinstance(width, int) and width > 0):
@@ -155,7 +159,7 @@ def dynamic_k(norms: Tensor, tau: float) -> Tensor:
     """Run the experts whose predicted norm is not small beside the token's largest: r_e >= (1 - tau) max_j r_j.
 
     Equation (5); the paper writes its threshold for 1 - tau. tau = 1 runs all experts, tau = 0 the best one.
-    norms [..., E], not negative -> executed [..., E] bool, at least one True a token. Raises ValueError unless 0 <= tau <= 1.
+    norms [..., E], finite, not negative -> executed [..., E] bool, at least one True a token. Raises ValueError unless 0 <= tau <= 1.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must be between 0 and 1, not {tau}")
@@ -423,12 +427,14 @@ def flops_per_token(config: GPTConfig, context: float, executed: list[dict[str, 
         if not config.attention_experts:
             total += linear
         for name, count in counts.items():
-            if name == "mlp":
-                E, neurons, width = config.num_experts, config.d_ff, config.router_width
-            else:
-                E, neurons, width = config.attention_experts, config.projection_width, config.attention_router_width
+            E, neurons, width = config.experts(name)
             total += 2 * (d * width + width * E) + count * 2 * 2 * d * neurons / E
     return total
+
+
+def executed_share(config: GPTConfig, executed: list[dict[str, float]]) -> float:
+    """Share of all experts that ran, from the same numbers as `flops_per_token`."""
+    return sum(sum(counts.values()) for counts in executed) / sum(config.experts(name)[0] for counts in executed for name in counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

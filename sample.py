@@ -1,4 +1,5 @@
 """Writes text with a converted model, shades every token by the share of experts it took, and says what that cost.
+The closing line counts the new tokens, each at the context it saw; the prompt is not in it.
 
     python sample.py --tau 0.9
     python sample.py --ckpt out/ --prompt "def main(" --temperature 0.7 --top_k 50
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from d2dmoe import Gate, dynamic_k, flops_per_token, generate
-from train import add_shared_arguments, build_model, load_checkpoint, load_tokenizer, pick_device
+from d2dmoe import Gate, dynamic_k, executed_share, flops_per_token, generate
+from train import add_shared_arguments, build_model, check_seed, load_checkpoint, load_tokenizer, pick_device
 
 
 def shade(text: str, share: float) -> str:
@@ -40,18 +41,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.tau <= 1:
         parser.error(f"--tau must be between 0 and 1, not {args.tau:g}")
-    if not 0 <= args.temperature < math.inf:
-        parser.error("--temperature must be 0 or a positive number")
+    if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
+        parser.error("--temperature must be 0 or at least 0.001")
     for name in ("num_samples", "max_new_tokens", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.seed < 0:
-        parser.error("--seed must be 0 or larger")
+    check_seed(parser, args.seed)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.ckpt, "d2dmoe.pt")
     model = build_model(checkpoint, args.ckpt).to(device).eval()
@@ -68,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
     write = lambda text: print(text, end="", flush=True)  # noqa: E731
 
     generator = torch.Generator(device).manual_seed(args.seed)
-    total = {"mlp": config.num_experts} | dict.fromkeys("qkvo", config.attention_experts)
     shares, flops, dense_flops, seconds = [], 0.0, 0.0, 0.0
     for sample in range(args.num_samples):
         if sample:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             context = min(len(prompt) + i, config.block_size)
             flops += flops_per_token(config, context, counts)
             dense_flops += flops_per_token(config, context)
-            shares.append(sum(sum(c.values()) for c in counts) / sum(total[name] for c in counts for name in c))
+            shares.append(executed_share(config, counts))
             text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()) if token.item() < tokenizer.n_vocab else b"?")
             write(shade(text, shares[-1]) if color and text.strip("\r\n") else text)
         write(decoder.decode(b"", final=True))

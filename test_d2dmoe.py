@@ -14,7 +14,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -81,7 +80,7 @@ def test_every_path_equals_the_definition(shape, mask):
     for activation in kernels.ACTIVATIONS:
         layer = kernels.random_layer(N, d, E, h, torch.float32, "cpu")
         expected = loops(*layer, executed, activation)
-        paths = [kernels.expert_ffn, kernels.masked_ffn, kernels.grouped_ffn]
+        paths = [kernels.expert_ffn, kernels.masked_ffn, kernels.dense_ffn, kernels.grouped_ffn]
         if kernels.triton is not None:
             paths.append(kernels.triton_ffn)
         for path in paths:
@@ -751,7 +750,7 @@ def test_bfloat16_and_compile_train_too(trained, tmp_path):
 def test_the_gpt2_preset_is_the_papers():
     args = train.parse_arguments(["--preset", "gpt2", "--init", "gpt2", "--steps", "5"])
     assert (args.n_layer, args.n_head, args.n_embd, args.block_size, args.tokenizer) == (12, 12, 768, 1024, "gpt2")
-    assert (args.penalty, args.alpha, args.lr, args.batch_size * args.grad_accum, args.steps) == ("l1", 5e-4, 6e-4, 960, 5)
+    assert (args.activation, args.penalty, args.alpha, args.lr, args.batch_size * args.grad_accum, args.steps) == ("relu", "l1", 5e-4, 6e-4, 960, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -905,10 +904,19 @@ def test_conversions_share_one_csv_and_a_repeated_one_replaces_itself(trained, t
     assert {r["rule"] for r in rows if r["recipe"].startswith("moef")} == {"top_k"}
 
 
+def test_costs_are_read_off_the_curve_by_interpolation(capsys):
+    curve = [("dynamic_k", 1.0, 1.0, 2.0), ("dynamic_k", 0.5, 0.7, 2.02), ("dynamic_k", 0.25, 0.5, 2.06), ("top_k", 1.0, 1.0, 2.0), ("top_k", 0.5, 0.8, 2.4)]
+    points = [dict(zip(("rule", "executed", "flops", "loss"), row, strict=True)) for row in curve]
+    assert convert.cost_at(points, "dynamic_k", 2.04) == pytest.approx((0.375, 0.6))
+    assert convert.cost_at(points, "dynamic_k", 3.0) is None
+    convert.print_read_off(points, 2.0)
+    assert "at 2% above the dense loss, dynamic_k:  37.5% of the experts,  60.0% of the FLOPs" in capsys.readouterr().out
+
+
 def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, capsys):
     counts = [{"mlp": torch.randint(0, 9, (50,))} for _ in range(2)]
     text = convert.read_points(trained / "cost_vs_loss.csv")[0]["text"]
-    convert.draw(trained / "picture.png", text, counts, 8, 0.9)
+    convert.draw(trained / "picture.png", text, counts, 8, Gate(dynamic_k, 0.9))
     try:
         import matplotlib  # noqa: F401
 
@@ -944,7 +952,7 @@ def test_tau_1_writes_what_the_dense_model_writes(trained):
 
 def test_the_text_is_the_same_through_every_path(trained, monkeypatch):
     moe = train.build_model(train.load_checkpoint(trained, "d2dmoe.pt"), trained)
-    paths = [kernels.masked_ffn, kernels.grouped_ffn, kernels.expert_ffn]
+    paths = [kernels.masked_ffn, kernels.dense_ffn, kernels.grouped_ffn, kernels.expert_ffn]
     if kernels.triton is not None:
         paths.append(kernels.triton_ffn)
     texts = []
@@ -998,6 +1006,10 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         pickle.dump(Evil(tmp_path / "executed"), f)
     np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    (tmp_path / "bins").mkdir()
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / "bins" / name).write_bytes(b"")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pair_tokenizer())
     before = {p: p.read_bytes() for p in trained.iterdir() if p.suffix == ".pt"}
     out, small = tmp_path / "out", [*TINY, "--steps", "10", "--data", text]
 
@@ -1030,6 +1042,13 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         ("--device toaster cannot be used here", train.main, "--device", "toaster"),
         ("--steps must be at least 1", train.main, "--steps", "0"),
         ("--lr must be a finite number", train.main, "--lr", "nan"),
+        ("--beta2 must be at least 0 and below 1", train.main, "--beta2", "1"),
+        ("--block_size must be at least 1", train.main, "--block_size", "0"),
+        ("--seed must be 0 or larger", sample.main, "--seed", "100000000000000"),
+        ("--temperature must be 0 or at least 0.001", sample.main, "--temperature", "1e-40"),
+        ("cannot write .*ckpt.pt/.*: ", train.main, *small, "--data", trained / "text.txt", "--out", ckpt),
+        ("cannot read tokens from .*train.bin", train.main, *small, "--out", out, "--data", tmp_path / "bins"),
+        ("vocabulary of 257 is too small for the tokenizer gpt2", convert.main, "--ckpt", trained, "--tokenizer", "gpt2"),
         ("block_size 99 is longer than the checkpoint's 16", train.main, *small, "--out", out, "--init", ckpt, "--block_size", "99"),
     ]:  # fmt: skip
         line = refused(main, *arguments)
@@ -1045,13 +1064,16 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(trained, tmp_path):
     shutil.copy(trained / "ckpt.pt", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    line = refused(train.main, "--init", "resume", "--out", tmp_path, "--steps", "40", "--lr", "1e30", "--warmup", "0", "--eval_every", "100")
-    assert re.search(r"step 3\d: loss .*: not finite.*try a lower --lr", line)
+    for every in ("100", "1"):  # the second is caught by the evaluation right after the step that broke the weights
+        line = refused(train.main, "--init", "resume", "--out", tmp_path, "--steps", "40", "--lr", "1e30", "--warmup", "0", "--eval_every", every)
+        assert re.search(r"step 3\d: .*loss .*: not finite.*try a lower --lr", line)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     poisoned = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     poisoned["model"]["transformer.wte.weight"][:] = math.nan
     torch.save(poisoned, tmp_path / "nan.pt")
-    assert "the loss is not finite" in refused(convert.main, *CONVERT, "--ckpt", tmp_path / "nan.pt", "--data", trained / "text.txt", "--out", tmp_path)
+    assert "weights that are not finite" in refused(convert.main, *CONVERT, "--ckpt", tmp_path / "nan.pt", "--data", trained / "text.txt", "--out", tmp_path)
+    line = refused(convert.main, *CONVERT, "--ckpt", trained, "--out", tmp_path, "--lr", "1e38")
+    assert "routers: the loss is not finite at step" in line
     assert not (tmp_path / "d2dmoe.pt").exists()
 
 
@@ -1079,6 +1101,8 @@ def test_a_signal_saves_first_and_says_how_to_resume(trained, tmp_path, number):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
+    import resource
+
     shutil.copy(trained / "ckpt.pt", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes: more than the tokens, less than a checkpoint

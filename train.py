@@ -22,6 +22,7 @@ import sysconfig
 import time
 import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -126,6 +127,14 @@ def encode_files(files: list[Path], tokenizer: tiktoken.Encoding, target: Path) 
             out.write(np.array([tokenizer.eot_token], dtype=np.uint16).tobytes())
 
 
+def map_tokens(path: Path) -> np.ndarray:
+    """A file of uint16 tokens, mapped from disk. Exits if it is empty, cut off or unreadable."""
+    try:
+        return np.memmap(path, dtype=np.uint16, mode="r")
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot read tokens from {path}: {error}")
+
+
 def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens, uint16, mapped from disk.
 
@@ -134,18 +143,18 @@ def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> t
     Exits if there is less text than one context.
     """
     if Path(data, "train.bin").is_file() and Path(data, "val.bin").is_file():
-        train, val = (np.memmap(Path(data, name), dtype=np.uint16, mode="r") for name in ("train.bin", "val.bin"))
+        train, val = map_tokens(Path(data, "train.bin")), map_tokens(Path(data, "val.bin"))
     else:
         files = text_files(data)
         stamp = [tokenizer_name, *((str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
         key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
-        held_out = files[9::10] if len(files) >= 10 else []
+        held_out = files[9::10]
         parts = []
-        for part, members in (("train", [f for f in files if f not in set(held_out)]), ("val", held_out)):
+        for part, members in (("train", [f for i, f in enumerate(files) if i % 10 != 9]), ("val", held_out)):
             path = out / f"tokens-{key}-{part}.bin"
             if members and not path.exists():
                 encode_files(members, load_tokenizer(tokenizer_name), path)
-            parts.append(np.memmap(path, dtype=np.uint16, mode="r") if members else np.zeros(0, np.uint16))
+            parts.append(map_tokens(path) if members else np.zeros(0, np.uint16))
         train, val = parts
         if not held_out:
             cut = len(train) - len(train) // 10
@@ -207,7 +216,7 @@ def evaluate(
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item() / config.block_size
         for layer, m in enumerate(measured):
             for name in m.keys() - {"penalty"}:
-                executed[layer].setdefault(name, []).append(m[name].sum(-1).flatten())  # [B*T]
+                executed[layer].setdefault(name, []).append(m[name].sum(-1).flatten().cpu())  # [B*T]
     return total / len(offsets), [{name: torch.cat(parts) for name, parts in layer.items()} for layer in executed]
 
 
@@ -242,7 +251,8 @@ def atomic_write(path: Path):
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         sys.exit(f"cannot write {path}: {reason}; what was there before is untouched")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(path: Path, model: GPT, **rest) -> None:
@@ -299,6 +309,8 @@ def build_model(checkpoint: dict, source: str | Path) -> GPT:
             model = GPT(config)
         model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
         model.lm_head.weight = model.transformer.wte.weight  # assign untied them
+        if not all(w.isfinite().all() for w in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         sys.exit(f"{source} does not hold a model that fits its own sizes ({type(error).__name__}: {reason})")
@@ -309,6 +321,19 @@ HUB = "https://huggingface.co/{name}/resolve/main/pytorch_model.bin"
 GPT2_REPOS = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-community/gpt2-{s}" for s in ("medium", "large", "xl")}
 
 
+def local_path(source: str) -> Path:
+    """The path that a path or a file:// URL names"""
+    return Path(url2pathname(urlsplit(source).path) if source.startswith("file://") else source)
+
+
+def choose_tokenizer(asked: str | None, checkpoint: dict, vocab_size: int) -> str:
+    """The tokenizer asked for, else the checkpoint's, else what its vocabulary suggests. Exits if it has more tokens."""
+    name = asked or str(checkpoint.get("tokenizer", "bytes" if vocab_size == 257 else "gpt2"))
+    if load_tokenizer(name).n_vocab > vocab_size:
+        sys.exit(f"the model's vocabulary of {vocab_size} is too small for the tokenizer {name}: choose another --tokenizer")
+    return name
+
+
 def load_initial(init: str) -> tuple[GPT, dict]:
     """The model that --init names (a GPT-2 of OpenAI's, a file:// URL or a path) and the checkpoint it came in."""
     if init in GPT2_REPOS:
@@ -317,9 +342,9 @@ def load_initial(init: str) -> tuple[GPT, dict]:
             checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{init}.bin", weights_only=True)
         except Exception as error:  # the network's many errors, or a file that is no state dict
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            sys.exit(f"cannot load {url} ({reason}): connect to the internet, or download it and give its path to --init")
+            sys.exit(f"cannot load {url} ({reason}): connect to the internet, or download it and give its path instead")
     else:
-        checkpoint = load_checkpoint(url2pathname(urlsplit(init).path) if init.startswith("file://") else init)
+        checkpoint = load_checkpoint(local_path(init))
     return build_model(checkpoint, init), checkpoint
 
 
@@ -330,7 +355,7 @@ PRESETS = {
     "default": {},
     # 124M shapes and the paper's fine-tuning: 1,000 steps of 8 * 120 * 1024 tokens, L1 for ReLU (appendix of the paper)
     "gpt2": dict(
-        tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, penalty="l1", alpha=5e-4, steps=1000,
+        tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, activation="relu", penalty="l1", alpha=5e-4, steps=1000,
         batch_size=8, grad_accum=120, lr=6e-4, warmup=100, eval_every=50, eval_windows=64,
     ),  # fmt: skip
 }  # fmt: skip
@@ -342,13 +367,18 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: %(default)s)")
 
 
+def check_seed(parser: argparse.ArgumentParser, seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        parser.error("--seed must be 0 or larger, and below 2**32")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a dense GPT with sparse activations.")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="default", help="gpt2: 124M shapes and the paper's fine-tuning (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder for ckpt.pt and encoded text (default: %(default)s)")
     add("--data", default="stdlib", help="stdlib (Python's own sources), a text file, a folder of text, or one with train.bin and val.bin of uint16 (default: %(default)s)")
-    add("--tokenizer", choices=("bytes", "gpt2"), default="bytes", help="(default: %(default)s)")
+    add("--tokenizer", choices=("bytes", "gpt2"), default=None, help="(default: bytes, or the checkpoint's)")
     add("--init", default="scratch", help=f"scratch, resume, {', '.join(GPT2_REPOS)}, or a checkpoint: ours, nanoGPT's, or a GPT-2 state dict (default: %(default)s)")
     add("--n_layer", type=int, default=4, help="blocks, when starting from scratch (default: %(default)s)")
     add("--n_head", type=int, default=4, help="attention heads, when starting from scratch (default: %(default)s)")
@@ -365,7 +395,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=100, help="steps of linear warm-up (default: %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="on matrices (default: %(default)s)")
     add("--beta2", type=float, default=0.95, help="AdamW's; beta1 is 0.9 (default: %(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0 for any (default: %(default)s)")
     add("--eval_every", type=int, default=100, help="steps between evaluations, each of which saves (default: %(default)s)")
     add("--eval_windows", type=int, default=256, help="contexts of held-out text in an evaluation (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix multiplies (default: %(default)s)")
@@ -380,16 +410,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_windows"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    for name in ("alpha", "lr", "warmup", "weight_decay", "grad_clip", "seed"):
+    check_seed(parser, args.seed)
+    if args.block_size is not None and args.block_size < 1:
+        parser.error("--block_size must be at least 1")
+    if not 0 <= args.beta2 < 1:
+        parser.error("--beta2 must be at least 0 and below 1")
+    for name in ("alpha", "lr", "warmup", "weight_decay", "grad_clip"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} must be a finite number, 0 or larger")
     return args
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Exits if the device is not there."""
+    """auto: CUDA, else Apple's MPS, else the CPU; under torchrun this process's GPU. Exits if the device is not there."""
+    local_rank = os.environ.get("LOCAL_RANK")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and local_rank is None  # gloo knows no MPS
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -398,15 +437,25 @@ def pick_device(name: str) -> torch.device:
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
 
 
-def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
-    """rank, world size and this process's device. Under torchrun joins the group, by nccl on GPUs and gloo elsewhere."""
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """rank and world size. Under torchrun joins the group, by nccl on GPUs and gloo elsewhere."""
     if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return 0, 1
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
+    # Rank 0 may encode a large corpus while the others wait.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), dist.get_world_size()
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank: int, world: int):
+    """Rank 0 goes through the block, downloading and encoding; the others follow and find what it left."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,7 +483,7 @@ def initial_model(args: argparse.Namespace) -> tuple[GPT, dict]:
         try:
             model = GPT(
                 GPTConfig(
-                    block_size=args.block_size or 128, vocab_size=load_tokenizer(args.tokenizer).n_vocab, n_layer=args.n_layer,
+                    block_size=args.block_size or 128, vocab_size=load_tokenizer(args.tokenizer or "bytes").n_vocab, n_layer=args.n_layer,
                     n_head=args.n_head, n_embd=args.n_embd, bias=not args.no_bias, activation=args.activation or "relu",
                     penalty=args.penalty,
                 )
@@ -461,17 +510,16 @@ def initial_model(args: argparse.Namespace) -> tuple[GPT, dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    rank, world, device = start_processes(pick_device(args.device))
+    device = pick_device(args.device)
+    rank, world = start_processes(device)
     master = rank == 0
     torch.manual_seed(args.seed)
-    model, checkpoint = initial_model(args)
+    with rank_zero_first(rank, world):
+        model, checkpoint = initial_model(args)
+        config = model.config
+        args.tokenizer = choose_tokenizer(args.tokenizer, checkpoint, config.vocab_size)
+        train_tokens, val_tokens = load_corpus(args.data, args.tokenizer, args.out, config.block_size)
     model.to(device)
-    config = model.config
-    if not master:
-        dist.barrier()  # rank 0 encodes the text once, the others find it
-    train_tokens, val_tokens = load_corpus(args.data, args.tokenizer, args.out, config.block_size)
-    if master and world > 1:
-        dist.barrier()
 
     rows = args.batch_size * args.grad_accum  # sequences a step, over all processes
     if rows % world:
@@ -486,6 +534,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.init == "resume":
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0), strict=True):
+                group.update(weight_decay=decay, betas=(0.9, args.beta2))  # this run's, if they were changed
             first, best = int(checkpoint["step"]), float(checkpoint["best_loss"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             sys.exit(f"{args.out}/ckpt.pt cannot be resumed ({type(error).__name__}: {error}): use it with --init instead")
@@ -503,6 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         return [take_windows(train_tokens, o, config.block_size, config.vocab_size, device) for o in offsets.split(args.batch_size)]
 
     def save(step: int) -> None:
+        # No random state: batches depend on seed and step alone, and the model has no dropout.
         settings = {k: v for k, v in vars(args).items() if k != "out"}
         save_checkpoint(
             args.out / "ckpt.pt", model, tokenizer=args.tokenizer, step=step, optimizer=optimizer.state_dict(),
@@ -510,7 +561,13 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
 
     stop = []  # the signals that asked for an end, acted upon when the step is complete
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask_to_stop(number, frame):
+        if stop:  # a second one does not wait for the step
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     if master:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -540,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss.backward()
             total += share * cross_entropy.detach()
         upcoming = batches(step + 1)  # copied to a GPU while that computes
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             dist.all_reduce(state)  # one decision for all processes
@@ -560,6 +617,8 @@ def main(argv: list[str] | None = None) -> None:
             seconds = time.perf_counter() - clock
             val_loss, _ = evaluate(model, val_tokens, args.eval_windows, args.batch_size, autocast=autocast)
             zeros, neurons = activation_sparsity(model, probe)
+            if not math.isfinite(val_loss):
+                sys.exit(f"step {step}: held-out loss {val_loss}: not finite, so nothing was saved since the last evaluation; try a lower --lr")
             best = min(best, val_loss)
             save(done)
             rate = (done - since) * rows * config.block_size / seconds
@@ -571,7 +630,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{left // 60:3d}m{left % 60:02d}s{mfu}", flush=True,
             )  # fmt: skip
             losses, clock, since = [], time.perf_counter(), done
-        if stopping:
+        if stopping and done < args.steps:
             if master:
                 save(done)
                 print(f"stopped at step {done} and saved; go on with: python train.py --init resume --out {args.out}")
@@ -585,4 +644,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was saved before is untouched")
