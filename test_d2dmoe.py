@@ -1072,7 +1072,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(trai
     poisoned["model"]["transformer.wte.weight"][:] = math.nan
     torch.save(poisoned, tmp_path / "nan.pt")
     assert "weights that are not finite" in refused(convert.main, *CONVERT, "--ckpt", tmp_path / "nan.pt", "--data", trained / "text.txt", "--out", tmp_path)
-    line = refused(convert.main, *CONVERT, "--ckpt", trained, "--out", tmp_path, "--lr", "1e38")
+    line = refused(convert.main, *CONVERT, "--ckpt", trained, "--out", tmp_path, "--lr", "1e20")
     assert "routers: the loss is not finite at step" in line
     assert not (tmp_path / "d2dmoe.pt").exists()
 
