@@ -89,22 +89,23 @@ DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activat
 
 
 def square_hoyer(a: Tensor) -> Tensor:
-    """(sum_i |a_i|)^2 / sum_i a_i^2 over the last dimension, float32: between 1 and its size, the number of effectively
-    active neurons; 0 where all are zero. Equation (2), from Kurtz et al. 2020.  a [..., d_ff] -> [...]"""
-    l1 = torch.linalg.vector_norm(a, 1, dim=-1, dtype=torch.float32)
-    l2 = torch.linalg.vector_norm(a, 2, dim=-1, dtype=torch.float32)
-    return (l1 / (l2 + 1e-8)).square()
+    """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension of a >= 0, in float32: between 1 and its size, the number of
+    effectively active neurons; 0 where all are zero. Equation (2), from Kurtz et al. 2020.  a [..., d_ff] -> [...]"""
+    a = a.float()
+    return a.sum(-1).square() / (torch.linalg.vecdot(a, a) + 1e-12)
 
 
-def sparsity_penalty(z: Tensor, activation: str, penalty: str) -> Tensor:
-    """Mean over tokens of the penalty on pre-activations z [..., d_ff], the second term of equation (1); a scalar, float32.
+def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Tensor:
+    """Mean over tokens of the penalty, the second term of equation (1), for pre-activations z [..., d_ff] and a = act(z);
+    a scalar in float32.
 
-    A ReLU is penalized on its output. A GELU has no zeros to count, so its pre-activation is clamped and displaced,
+    A ReLU is penalized on its output a. A GELU has no zeros to count, so its pre-activation is clamped and displaced,
     max(z, s) - s with s = DISPLACEMENT, and is thereby pushed to where a GELU is flat.
     """
     if penalty == "none":
         return z.new_zeros((), dtype=torch.float32)
-    a = F.relu(z) if activation == "relu" else F.relu(z - DISPLACEMENT)
+    if activation != "relu":
+        a = F.relu(z - DISPLACEMENT)
     return square_hoyer(a).mean() if penalty == "hoyer" else a.sum(-1, dtype=torch.float32).mean()
 
 
@@ -120,8 +121,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., d] -> y [..., d], penalty (a scalar, the mean over tokens)"""
         z = self.c_fc(x)  # [..., d_ff]
-        y = self.c_proj(ACTIVATIONS[self.activation](z))
-        return y, sparsity_penalty(z, self.activation, self.penalty)
+        a = ACTIVATIONS[self.activation](z)  # [..., d_ff]
+        return self.c_proj(a), sparsity_penalty(z, a, self.activation, self.penalty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

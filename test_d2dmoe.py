@@ -42,6 +42,15 @@ LONG = 10 if os.environ.get("D2DMOE_LONG") == "1" else 1
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_stay():
+    """train.main takes over SIGINT and SIGTERM, and a test that ends it early must not leave pytest without them."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels.py
 
@@ -271,13 +280,17 @@ def tiny_moe(dense, attention=False, target="norm", num_experts=8, seed=0):
     return moe.eval(), students
 
 
+def penalty_of(z, activation, penalty):
+    return d2dmoe.sparsity_penalty(z, kernels.ACTIVATIONS[activation](z), activation, penalty)
+
+
 def test_square_hoyer_and_l1_by_hand():
     a = torch.tensor([[3.0, 0.0, 4.0], [2.0, 2.0, 2.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
     assert torch.allclose(d2dmoe.square_hoyer(a), torch.tensor([49 / 25, 3.0, 1.0, 0.0]), atol=1e-5)
     z = torch.tensor([[-1.0, 3.0, 4.0], [2.0, -7.0, 0.0]])
-    assert torch.isclose(d2dmoe.sparsity_penalty(z, "relu", "hoyer"), torch.tensor((49 / 25 + 1) / 2))
-    assert torch.isclose(d2dmoe.sparsity_penalty(z, "relu", "l1"), torch.tensor((7 + 2) / 2))
-    assert d2dmoe.sparsity_penalty(z, "relu", "none") == 0
+    assert torch.isclose(penalty_of(z, "relu", "hoyer"), torch.tensor((49 / 25 + 1) / 2))
+    assert torch.isclose(penalty_of(z, "relu", "l1"), torch.tensor((7 + 2) / 2))
+    assert penalty_of(z, "relu", "none") == 0
 
 
 def test_the_displaced_penalty_of_a_gelu():
@@ -286,16 +299,16 @@ def test_the_displaced_penalty_of_a_gelu():
     b = [0.0, 3.0, 1.0 - s]
     assert s < 0
     for activation in ("gelu", "gelu_tanh"):
-        assert math.isclose(d2dmoe.sparsity_penalty(z, activation, "l1"), sum(b), rel_tol=1e-6)
-        assert math.isclose(d2dmoe.sparsity_penalty(z, activation, "hoyer"), sum(b) ** 2 / sum(v * v for v in b), rel_tol=1e-5)
+        assert math.isclose(penalty_of(z, activation, "l1"), sum(b), rel_tol=1e-6)
+        assert math.isclose(penalty_of(z, activation, "hoyer"), sum(b) ** 2 / sum(v * v for v in b), rel_tol=1e-5)
     z.requires_grad_()
-    d2dmoe.sparsity_penalty(z, "gelu", "l1").backward()
+    penalty_of(z, "gelu", "l1").backward()
     assert z.grad.tolist() == [[0.0, 1.0, 1.0]]  # nothing pushes a pre-activation below s
 
 
 def test_penalty_gradients_are_finite_where_nothing_fires():
     z = torch.full((3, 8), -1.0, requires_grad=True)
-    d2dmoe.sparsity_penalty(z, "relu", "hoyer").backward()
+    penalty_of(z, "relu", "hoyer").backward()
     assert torch.isfinite(z.grad).all()
 
 

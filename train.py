@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2dmoe import GPT, Gate, GPTConfig, MLP, flops_per_token, from_gpt2, square_hoyer
+from d2dmoe import GPT, Gate, GPTConfig, flops_per_token, from_gpt2, square_hoyer
 from kernels import ACTIVATIONS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
     for block, inputs in zip(model.transformer.h, model.hidden(x)[2], strict=True):
         z = block.mlp.c_fc(inputs["mlp"])  # [B, T, d_ff]
         zeros.append((z <= 0).float().mean())
-        effective.append(square_hoyer(ACTIVATIONS[block.mlp.activation](z)).mean())
+        effective.append(square_hoyer(ACTIVATIONS[block.mlp.activation](z).abs()).mean())
     return torch.stack(zeros).mean().item(), torch.stack(effective).mean().item()
 
 
