@@ -12,7 +12,6 @@
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import io
