@@ -10,6 +10,7 @@ The closing line counts the new tokens, each at the context it saw; the prompt i
 import argparse
 import codecs
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -101,3 +102,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+    except OSError as error:  # the reader of a pipe went away, as head does, or the disk behind > is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it flushes at exit
+        sys.exit(f"cannot write the text: {error.strerror}")

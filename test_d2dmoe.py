@@ -1125,6 +1125,15 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_reader_that_goes_away_ends_sampling_in_one_line(trained):
+    process = script("sample.py", "--ckpt", trained, "--max_new_tokens", "5000", "--device", "cpu")
+    process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=60)[1].strip() == "cannot write the text: Broken pipe" and process.returncode == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("name", ["train.py", "convert.py"])
 def test_killed_at_random_there_is_no_checkpoint_or_a_whole_one(trained, tmp_path, name):
