@@ -5,7 +5,7 @@
     python convert.py --ckpt out/ --attention                  the attention projections too
     python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
 
-1. With --attention: train a two-layer MLP to imitate each attention projection.
+1. With --attention: train a two-layer MLP to imitate each attention projection, then all of them to predict as one model.
 2. Cut every two-layer MLP into experts of equal size: balanced k-means on its neurons.
 3. Train a router for each to predict the norms of its experts' outputs. Nothing else changes.
 4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
@@ -28,7 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2dmoe import GPT, MLP, Block, DynamicKMoE, Gate, dynamic_k, executed_share, expert_norms, flops_per_token, top_k
+from d2dmoe import (
+    GPT, MLP, Block, DynamicKMoE, Gate, GPTConfig, dynamic_k, executed_share, expert_norms, flops_per_token, square_hoyer, top_k,
+)  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
     GPT2_REPOS, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, evaluate, learning_rate,
@@ -125,28 +127,24 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
 
 
 def fit(
-    modules: list[nn.Module], loss_of: Callable, model: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int,
-    label: str,
+    parameters: list[Tensor], loss_of: Callable, config: GPTConfig, tokens: np.ndarray, steps: int, lr: float, rows: int,
+    seed: int, label: str,
 ) -> None:  # fmt: skip
-    """Trains `modules` by Adam with a cosine schedule on what goes in and out of the frozen model's layers.
+    """Trains `parameters` by Adam with a cosine schedule. Exits if the loss is not finite.
 
-    loss_of(inputs, progress): inputs is each block's dict of layer inputs for a batch of `rows` contexts (see Block), progress
-    runs from 0 to 1. The modules do not touch each other, and Adam does not care for a loss's scale, so the sum of their
-    losses trains each as if it were alone. Under torchrun each process takes its share of the rows. Exits if the loss
-    is not finite.
+    loss_of(x, progress): x [B, T] is a batch of `rows` contexts, progress runs from 0 to 1. Layers that do not touch each
+    other may share a call: Adam does not care for a loss's scale, so the sum of their losses trains each as if it were
+    alone. Under torchrun each process takes its share of the rows.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, config = model.lm_head.weight.device, model.config
-    parameters = [p for m in modules for p in m.parameters()]
+    device = parameters[0].device
     optimizer = torch.optim.Adam(parameters, lr=lr)
     clock = time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
         offsets = draw_offsets(len(tokens), rows, config.block_size, seed, step)[rank::world]
         x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
-        with torch.no_grad():
-            _, _, inputs = model.hidden(x)
-        loss = loss_of(inputs, step / steps)
+        loss = loss_of(x, step / steps)
         loss.backward()
         state = loss.detach().clone()
         if world > 1:
@@ -181,7 +179,9 @@ def distill_projections(dense: GPT, tokens: np.ndarray, steps: int, lr: float, r
         for _ in range(config.n_layer)
     ]
 
-    def loss_of(inputs, progress):
+    def loss_of(x, progress):
+        with torch.no_grad():
+            _, _, inputs = dense.hidden(x)
         total = 0.0
         for block, x, student in zip(dense.transformer.h, inputs, students, strict=True):
             with torch.no_grad():
@@ -190,8 +190,45 @@ def distill_projections(dense: GPT, tokens: np.ndarray, steps: int, lr: float, r
                 total = total + projection_loss(student[name], x[INPUT_OF[name]], target, weight * progress)
         return total
 
-    fit([m for s in students for m in s.values()], loss_of, dense, tokens, steps, lr, rows, seed, "projections")
+    fit([p for s in students for m in s.values() for p in m.parameters()], loss_of, config, tokens, steps, lr, rows, seed, "projections")
     return students
+
+
+def tune_projections(
+    dense: GPT, students: list[dict[str, MLP]], tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float
+) -> None:  # fmt: skip
+    """Trains all students once more, together and in place, so that their errors make up for each other: the model with all
+    of them in it is to predict what the dense one predicts. Loss: the KL divergence of the next token's distributions plus
+    weight * the sparsity penalty of every student."""
+    config = dataclasses.replace(dense.config, attention_experts=1, attention_router_width=1)  # one expert: an MLP
+    model = GPT(config).to(dense.lm_head.weight.device).requires_grad_(False)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    pairs = []  # of a student and its place in the model
+    for block, student in zip(model.transformer.h, students, strict=True):
+        pairs += [(student[name], getattr(block.attn, name)) for name in PROJECTIONS]
+    for mlp, layer in pairs:
+        split_mlp(mlp, layer, torch.zeros(config.projection_width, dtype=torch.long))
+
+    def loss_of(x, progress):
+        with torch.no_grad():
+            target = dense(x)[0].log_softmax(-1).flatten(0, 1)  # [N, V]
+        y, _, inputs = model.hidden(x)
+        predicted = model.lm_head(y).log_softmax(-1).flatten(0, 1)  # [N, V]
+        penalty = 0.0
+        for block, x in zip(model.transformer.h, inputs, strict=True):
+            for name in PROJECTIONS:
+                a = getattr(block.attn, name).hidden(x[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
+                penalty = penalty + square_hoyer(a).mean()
+        return F.kl_div(predicted, target, reduction="batchmean", log_target=True) + weight * penalty
+
+    parameters = [p.requires_grad_() for _, layer in pairs for p in (layer.w1, layer.b1, layer.w2, layer.b2)]
+    fit(parameters, loss_of, config, tokens, steps, lr, rows, seed, "projections together")
+    with torch.no_grad():
+        for mlp, layer in pairs:
+            mlp.c_fc.weight.copy_(layer.w1[0])  # [1, m, d] -> [m, d]
+            mlp.c_fc.bias.copy_(layer.b1[0])  # [1, m] -> [m]
+            mlp.c_proj.weight.copy_(layer.w2[0].t())  # [1, m, d] -> [d, m]
+            mlp.c_proj.bias.copy_(layer.b2)
 
 
 def expert_layers(block: Block) -> dict[str, DynamicKMoE]:
@@ -226,7 +263,9 @@ def train_routers(moe: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int
     """Trains all routers of a converted model at once, on the forward in which every expert runs."""
     layers = [expert_layers(block) for block in moe.transformer.h]
 
-    def loss_of(inputs, progress):
+    def loss_of(x, progress):
+        with torch.no_grad():
+            _, _, inputs = moe.hidden(x)
         return sum(
             router_loss(layer, x[INPUT_OF[name]].flatten(0, 1))  # [B, T, d] -> [N, d]
             for block_layers, x in zip(layers, inputs, strict=True)
@@ -234,7 +273,7 @@ def train_routers(moe: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int
         )
 
     routers = [layer.router for block_layers in layers for layer in block_layers.values()]
-    fit(routers, loss_of, moe, tokens, steps, lr, rows, seed, "routers")
+    fit([p for r in routers for p in r.parameters()], loss_of, moe.config, tokens, steps, lr, rows, seed, "routers")
 
 
 def split_model(dense: GPT, moe: GPT, students: list[dict[str, MLP]] | None, sample: Tensor | None, seed: int) -> None:
@@ -405,7 +444,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--router_target", choices=("norm", "sqrt"), default="norm", help="what routers regress: the experts' output norms (the paper's), or their square roots (default: %(default)s)")
     add("--router_width", type=int, default=None, help="hidden width of the routers (default: a quarter of d, at most the paper's 128; projections get a quarter of that)")
     add("--baseline", choices=("none", "moefication"), default="none", help="MoEfication: classifier routers and top-k (default: %(default)s)")
-    add("--steps", type=int, default=2500, help="training steps of the routers, and of the projections (default: %(default)s)")
+    add("--steps", type=int, default=2500, help="training steps of the routers; with --attention as many of the projections, a quarter each alone and the rest together (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="contexts a step (default: %(default)s)")
     add("--lr", type=float, default=5e-3, help="peak learning rate of Adam (default: %(default)s)")
     add("--taus", type=float, nargs="+", default=[1, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7], help="rows of the table (default: %(default)s)")
@@ -447,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(
         dense.config, num_experts=experts, router_width=width,
         router_target="share" if args.baseline == "moefication" else args.router_target,
-        attention_experts=math.gcd(dense.config.projection_width, 16) if args.attention else 0,
+        attention_experts=math.gcd(dense.config.projection_width, 32) if args.attention else 0,
         attention_router_width=max(1, width // 4) if args.attention else 0,
     )  # fmt: skip
     recipe = "moefication" if args.baseline == "moefication" else f"{args.split}/{args.router_target}"
@@ -463,7 +502,9 @@ def main(argv: list[str] | None = None) -> None:
     clock = time.perf_counter()
     students = None
     if args.attention:
-        students = distill_projections(dense, train_tokens, args.steps, args.lr, rows, args.seed, weight=1e-3)
+        alone = max(1, args.steps // 4)  # steps; the rest matters more
+        students = distill_projections(dense, train_tokens, alone, args.lr, rows, args.seed, weight=1e-3)
+        tune_projections(dense, students, train_tokens, max(1, args.steps - alone), args.lr / 2, rows, args.seed + 2, weight=1e-4)
     moe = GPT(config).to(device).requires_grad_(False)
     sample = None
     if args.split == "coactivation":

@@ -300,7 +300,9 @@ class Block(nn.Module):
             else MLP(d, d_ff, activation, config.penalty, config.bias)
         )
 
-    def forward(self, x: Tensor, gate: Gate, cache: KVCache | None, layer: int):
+    def forward(
+        self, x: Tensor, gate: Gate, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """x [B, T, d] -> x [B, T, d], what this block measured, and the inputs of its layers.
 
         measured: a dense block's penalty under "penalty" (scalar), and under "mlp", "q", "k", "v", "o" the experts [B, T, E]
@@ -344,7 +346,9 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx: Tensor, gate: Gate = Gate(), cache: KVCache | None = None):
+    def hidden(
+        self, idx: Tensor, gate: Gate = Gate(), cache: KVCache | None = None
+    ) -> tuple[Tensor, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
         """idx [B, T] -> x [B, T, d] before the LM head, and for each block what it measured and its layers' inputs.
 
         With a cache, idx continues the tokens it holds, and their keys and values are added to it.

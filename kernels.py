@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -321,7 +322,7 @@ def check(device: str) -> None:
             raise SystemExit(f"{name} is wrong in {dtype}: relative error {error:.1e} is above {TOLERANCE[dtype]:.0e}")
 
 
-def median_times(runs: list, repeats: int, device: str) -> list[float]:
+def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]:
     """Median seconds of each of some callables. They take turns, so that a slow moment of the machine hits them all, and
     a turn is four calls of which the first is not timed: in a model too a layer follows another of its kind."""
     times = [[] for _ in runs]
@@ -342,7 +343,7 @@ def median_times(runs: list, repeats: int, device: str) -> list[float]:
     return [statistics.median(t for i, t in enumerate(seconds) if i % 4) for seconds in times]
 
 
-def as_graph(call, sets: int):
+def as_graph(call: Callable, sets: int) -> Callable:
     """On a GPU: all of a callable's sets captured in one CUDA graph, so that the time to launch is not what is measured."""
     for i in range(sets):  # compiles and tunes
         call(i)

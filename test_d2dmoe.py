@@ -221,6 +221,24 @@ def test_both_kernels_compile_ahead_of_time(arch, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_the_benchmark_checks_first_and_then_measures(capsys, monkeypatch):
+    run = partial(kernels.benchmark, d=32, E=4, h=8, tokens=[1, 17], cache_bytes=2**16)
+    monkeypatch.setattr(kernels, "benchmark", lambda device, dtype, **sizes: run(device, dtype))  # the shapes of a second
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu"])
+    kernels.main()
+    out = capsys.readouterr().out
+    assert {line.split()[1] for line in out.splitlines() if line.startswith("check")} == {"masked_ffn", "dense_ffn", "looped_ffn", "grouped_ffn", "expert_ffn"}
+    rows = re.findall(r"^ +(\d+) +([\d.]+)% +([\d.]+) +([\d.]+) +[\d.]+x$", out, flags=re.M)
+    assert [(n, share) for n, share, _, _ in rows] == [(n, share) for n in ("1", "17") for share in ("100.0", "50.0", "25.0", "25.0")]
+    monkeypatch.setattr(kernels, "looped_ffn", lambda x, *_: torch.ones_like(x))
+    with pytest.raises(SystemExit, match="_ffn is wrong in torch.float32"):
+        kernels.main()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda"])
+        with pytest.raises(SystemExit, match="needs a GPU that torch sees"):
+            kernels.main()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_this_gpu():
     """float64 reference, no synchronization, and a CUDA graph that replays on other masks; in a process of its own too"""
@@ -667,6 +685,20 @@ def test_training_learns_and_its_progress_is_printed(trained, capsys, tmp_path):
     assert checkpoint["best_loss"] == pytest.approx(min(float(r[2]) for r in rows), abs=1e-3)
 
 
+def test_a_second_run_in_the_same_folder_keeps_the_first_ones_checkpoint(trained, tmp_path, capsys):
+    arguments = [*TINY, "--data", str(trained / "text.txt"), "--out", str(tmp_path), "--steps", "10"]
+    train.main(arguments)
+    first = weights_of(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ckpt-previous.pt").exists()
+    train.main([*arguments, "--seed", "1"])
+    assert f"stays as {tmp_path}/ckpt-previous.pt" in capsys.readouterr().out
+    assert_same_weights(weights_of(tmp_path / "ckpt-previous.pt"), first)
+    second = weights_of(tmp_path / "ckpt.pt")
+    train.main(["--init", "resume", "--steps", "20", "--out", str(tmp_path)])  # the same run going on: nothing to keep
+    assert_same_weights(weights_of(tmp_path / "ckpt-previous.pt"), first)
+    assert any(not torch.equal(w, second[n]) for n, w in weights_of(tmp_path / "ckpt.pt").items())
+
+
 def test_resumed_and_uninterrupted_runs_end_alike(trained, tmp_path):
     arguments = [*TINY, "--data", str(trained / "text.txt"), "--steps", "20", "--grad_accum", "2"]
     train.main([*arguments, "--out", str(tmp_path / "whole")])
@@ -883,6 +915,36 @@ def test_one_loop_trains_projections_and_routers(trained):
     assert all(torch.equal(p, frozen[n]) for n, p in moe.named_parameters() if n in frozen)
 
 
+def test_projections_are_tuned_together_by_plain_formula(trained, capsys):
+    dense = tiny_dense(scale=3.0)
+    dense.requires_grad_(False)
+    tokens, _ = train.load_corpus(str(trained / "text.txt"), "bytes", trained, 16)
+    _, students = tiny_moe(dense, attention=True)
+    tune = partial(convert.tune_projections, dense, students, tokens, rows=4, seed=3, weight=0.01)
+    tune(steps=1, lr=0.0)
+    printed = float(re.search(r"step +1 of 1, loss ([\d.]+)", capsys.readouterr().out)[1])
+
+    moe, _ = tiny_moe(dense, attention=True)  # the same students, drawn from the same seed
+    offsets = train.draw_offsets(len(tokens), 4, 16, seed=3, step=0)
+    x = torch.stack([torch.from_numpy(tokens[o : o + 16].astype(np.int64)) for o in offsets.tolist()])
+    p, q = dense(x)[0].softmax(-1), moe(x)[0].softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1).mean()
+    penalty = 0.0
+    for i, inputs in enumerate(moe.hidden(x)[2]):
+        for name, source in (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("o", "o")):
+            a = torch.relu(students[i][name].c_fc(inputs[source]))
+            penalty += (a.sum(-1) ** 2 / (a**2).sum(-1).clamp(min=1e-12)).mean()
+    assert printed == pytest.approx((kl + 0.01 * penalty).item(), rel=1e-3)
+
+    weights = dense.lm_head.weight.clone()
+    tune(steps=60, lr=1e-2)
+    last = float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[-1])
+    assert last < 0.7 * printed and torch.equal(weights, dense.lm_head.weight)
+    convert.split_model(dense, moe, students, None, seed=0)
+    q = moe(x)[0].softmax(-1)
+    assert (p * (p.log() - q.log())).sum(-1).mean() < kl
+
+
 def test_conversion_writes_a_model_and_a_table(trained, capsys):
     moe = train.build_model(train.load_checkpoint(trained, "d2dmoe.pt"), trained)
     dense, _ = train.load_initial(str(trained))
@@ -925,7 +987,7 @@ def test_costs_are_read_off_the_curve_by_interpolation(capsys):
     assert "at 2% above the dense loss, dynamic_k:  37.5% of the experts,  60.0% of the FLOPs" in capsys.readouterr().out
 
 
-def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, capsys):
+def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, capsys, monkeypatch):
     counts = [{"mlp": torch.randint(0, 9, (50,))} for _ in range(2)]
     text = convert.read_points(trained / "cost_vs_loss.csv")[0]["text"]
     convert.draw(trained / "picture.png", text, counts, 8, Gate(dynamic_k, 0.9))
@@ -934,7 +996,10 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, capsys):
 
         assert (trained / "picture.png").read_bytes()[:4] == b"\x89PNG"
     except ImportError:
-        assert "matplotlib is not installed" in capsys.readouterr().out and not (trained / "picture.png").exists()
+        assert not (trained / "picture.png").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python keeps there for a module that cannot be imported
+    convert.draw(trained / "none.png", text, counts, 8, Gate(dynamic_k, 0.9))
+    assert "matplotlib is not installed" in capsys.readouterr().out and not (trained / "none.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

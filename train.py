@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -197,7 +198,8 @@ def draw_offsets(length: int, rows: int, block_size: int, seed: int, step: int) 
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: Gate = Gate(), autocast=contextlib.nullcontext()
+    model: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: Gate = Gate(),
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),
 ) -> tuple[float, list[dict[str, Tensor]]]:
     """Mean loss in nats a token over evenly spaced windows, and the experts that each token executed in every block.
 
@@ -236,7 +238,7 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under its name only when it is complete. Exits, leaving an old file as it was, on failure."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -449,7 +451,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def rank_zero_first(rank: int, world: int):
+def rank_zero_first(rank: int, world: int) -> Iterator[None]:
     """Rank 0 goes through the block, downloading and encoding; the others follow and find what it left."""
     if rank > 0:
         dist.barrier()
@@ -528,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, args.beta2), fused=device.type == "cuda",
+        lr=args.lr, betas=(0.9, args.beta2), fused=True,
     )  # fmt: skip
     first, best = 0, math.inf
     if args.init == "resume":
@@ -552,7 +554,16 @@ def main(argv: list[str] | None = None) -> None:
         offsets = draw_offsets(len(train_tokens), rows, config.block_size, args.seed, step)[rank::world]
         return [take_windows(train_tokens, o, config.block_size, config.vocab_size, device) for o in offsets.split(args.batch_size)]
 
+    replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()
+
     def save(step: int) -> None:
+        nonlocal replaces
+        if replaces:  # an earlier run's checkpoint: a second name for it, since the first is about to be given away
+            replaces, previous = False, args.out / "ckpt-previous.pt"
+            with contextlib.suppress(OSError):  # where a file system has no hard links
+                previous.unlink(missing_ok=True)
+                previous.hardlink_to(args.out / "ckpt.pt")
+                print(f"the checkpoint that was in {args.out} stays as {previous}")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         settings = {k: v for k, v in vars(args).items() if k != "out"}
         save_checkpoint(
