@@ -19,13 +19,14 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from d2dmoe import (
@@ -209,17 +210,23 @@ def tune_projections(
     for mlp, layer in pairs:
         split_mlp(mlp, layer, torch.zeros(config.projection_width, dtype=torch.long))
 
+    def divergence(y, target):  # of one context, y and target [T, d]
+        target, predicted = (dense.lm_head(t).log_softmax(-1) for t in (target, y))  # [T, V]
+        return F.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
     def loss_of(x, progress):
         with torch.no_grad():
-            target = dense(x)[0].log_softmax(-1).flatten(0, 1)  # [N, V]
-        y, _, inputs = model.hidden(x)
-        predicted = model.lm_head(y).log_softmax(-1).flatten(0, 1)  # [N, V]
+            targets, _, _ = dense.hidden(x)  # [B, T, d]
+        y, _, inputs = model.hidden(x)  # [B, T, d]
+        # One context at a time, and again in the backward: the logits of a batch of GPT-2's would fill gigabytes.
+        recompute = partial(torch.utils.checkpoint.checkpoint, divergence, use_reentrant=False)
+        kl = torch.stack([recompute(*context) for context in zip(y, targets, strict=True)]).mean()
         penalty = 0.0
         for block, x in zip(model.transformer.h, inputs, strict=True):
             for name in PROJECTIONS:
                 a = getattr(block.attn, name).hidden(x[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
                 penalty = penalty + square_hoyer(a).mean()
-        return F.kl_div(predicted, target, reduction="batchmean", log_target=True) + weight * penalty
+        return kl + weight * penalty
 
     parameters = [p.requires_grad_() for _, layer in pairs for p in (layer.w1, layer.b1, layer.w2, layer.b2)]
     fit(parameters, loss_of, config, tokens, steps, lr, rows, seed, "projections together")
