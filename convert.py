@@ -454,7 +454,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=2500, help="training steps of the routers; with --attention as many of the projections, a quarter each alone and the rest together (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="contexts a step (default: %(default)s)")
     add("--lr", type=float, default=5e-3, help="peak learning rate of Adam (default: %(default)s)")
-    add("--taus", type=float, nargs="+", default=[1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7], help="rows of the table (default: %(default)s)")
+    add("--taus", type=float, nargs="+", default=[1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7], help="rows of the table (default: %(default)s)")
     add("--eval_windows", type=int, default=128, help="contexts of held-out text for each row (default: %(default)s)")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)

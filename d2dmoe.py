@@ -92,7 +92,7 @@ def square_hoyer(a: Tensor) -> Tensor:
     """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension of a >= 0, in float32: between 1 and its size, the number of
     effectively active neurons; 0 where all are zero. Equation (2), from Kurtz et al. 2020.  a [..., d_ff] -> [...]"""
     a = a.float()
-    return a.sum(-1).square() / (torch.linalg.vecdot(a, a) + 1e-12)
+    return (a.sum(-1) / (torch.linalg.vector_norm(a, dim=-1) + 1e-12)).square()  # (|a|_1 / |a|_2)^2
 
 
 def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Tensor:

@@ -389,7 +389,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no_bias", action="store_true", help="leave biases out, when starting from scratch")
     add("--activation", choices=ACTIVATIONS, default=None, help="(default: relu, or the checkpoint's; another one than the checkpoint's is ReLUfication and the like)")
     add("--penalty", choices=("hoyer", "l1", "none"), default="hoyer", help="on feed-forward activations (default: %(default)s)")
-    add("--alpha", type=float, default=3e-3, help="weight of the penalty, reached by a linear ramp at half of the steps (default: %(default)s)")
+    add("--alpha", type=float, default=1e-3, help="weight of the penalty, reached by a linear ramp at half of the steps (default: %(default)s)")
     add("--steps", type=int, default=1500, help="optimizer steps (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="sequences that a process computes at once (default: %(default)s)")
     add("--grad_accum", type=int, default=1, help="batches a step, shared out among the processes of torchrun (default: %(default)s)")
