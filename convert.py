@@ -34,8 +34,8 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    GPT2_REPOS, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, evaluate, learning_rate,
-    load_corpus, load_initial, local_path, pick_device, rank_zero_first, save_checkpoint, start_processes, take_windows,
+    GPT2_REPOS, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, end_processes, evaluate,
+    learning_rate, load_corpus, load_initial, local_path, pick_device, rank_zero_first, save_checkpoint, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,14 +376,14 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
 
 
-def read_points(path: Path) -> list[dict[str, str]]:
-    """The rows of a cost_vs_loss.csv; none if it is missing or not one of ours."""
+def read_points(path: Path) -> list[dict[str, str | float]]:
+    """The rows of a cost_vs_loss.csv, numbers as floats; none if it is missing or not one of ours."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error):
+            rows = [row for row in csv.DictReader(f) if set(row) == set(COLUMNS)]
+        return [row | {name: float(row[name]) for name in COLUMNS[2:7]} for row in rows]  # value ... dense_loss
+    except (OSError, TypeError, ValueError, csv.Error):
         return []
-    return [row for row in rows if set(row) == set(COLUMNS)]
 
 
 def write_points(path: Path, points: list[dict]) -> None:
@@ -412,10 +412,10 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
     for file in sorted(path.parent.absolute().parent.glob("*/cost_vs_loss.csv")):
         rows = [row for row in read_points(file) if row["text"] == text]
         for recipe, rule in dict.fromkeys((row["recipe"], row["rule"]) for row in rows):
-            curve = sorted((float(r["flops"]), float(r["loss"])) for r in rows if (r["recipe"], r["rule"]) == (recipe, rule))
-            style = {"dynamic_k": "o-", "top_k": "s--", "oracle": ":"}[rule]
+            curve = sorted((r["flops"], r["loss"]) for r in rows if (r["recipe"], r["rule"]) == (recipe, rule))
+            style = {"dynamic_k": "o-", "top_k": "s--", "oracle": ":"}.get(rule, "-")
             left.plot(*zip(*curve, strict=True), style, markersize=3, linewidth=1, label=f"{file.parent.name}: {recipe}, {rule}")
-        for dense in {float(row["dense_loss"]) for row in rows}:
+        for dense in {row["dense_loss"] for row in rows}:
             left.plot([1.0], [dense], "k*", markersize=8)
     left.set(xlabel="FLOPs a token, relative to dense (star)", ylabel="loss, nats a token", xlim=(0.4, 1.1))
     best = min(line.get_ydata().min() for line in left.lines)
@@ -527,9 +527,8 @@ def main(argv: list[str] | None = None) -> None:
         for layer in expert_layers(block).values():
             layer.router.requires_grad_(True)
     train_routers(moe, train_tokens, args.steps, args.lr, rows, args.seed + 1)
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
+        end_processes(world)
         return
 
     dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, 16)
@@ -548,6 +547,7 @@ def main(argv: list[str] | None = None) -> None:
     _, counts = measure(moe, val_tokens, args.eval_windows, 16, gate)
     draw(out / "cost_vs_loss.png", text, counts, experts, gate)
     print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s; now: python sample.py --ckpt {out} --tau 0.95")
+    end_processes(world)
 
 
 if __name__ == "__main__":

@@ -976,6 +976,15 @@ def test_conversions_share_one_csv_and_a_repeated_one_replaces_itself(trained, t
         "coactivation/sqrt E=8 r=4": 9, "moefication E=8 r=4": 11, "weights/norm E=8 r=4 +attention": 9, "weights/norm E=8 r=4": 9,
     }  # fmt: skip
     assert {r["rule"] for r in rows if r["recipe"].startswith("moef")} == {"top_k"}
+    assert [{k: str(v) for k, v in r.items()} for r in convert.read_points(tmp_path / "cost_vs_loss.csv")] == rows
+
+
+def test_a_csv_that_is_not_ours_counts_as_none(tmp_path):
+    header = ",".join(convert.COLUMNS).encode()
+    for content in (b"", b"a,b\n1,2\n", b"\xff\xfe" * 50, header + b"\nx,top_k,1,oops,1,2,2,t\n", header + b"\nx,top_k,1\n"):
+        (tmp_path / "c.csv").write_bytes(content)
+        assert convert.read_points(tmp_path / "c.csv") == []
+    assert convert.read_points(tmp_path) == []
 
 
 def test_costs_are_read_off_the_curve_by_interpolation(capsys):

@@ -20,6 +20,7 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
@@ -278,7 +279,9 @@ def load_checkpoint(path: str | Path, name: str = "ckpt.pt") -> dict:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError("it holds no dict")
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
@@ -450,6 +453,14 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def end_processes(world: int) -> None:
+    """Leaves the group once all processes have come here. One that exits right after an all_reduce can be aborted, because
+    gloo's threads still hold its tensors when Python is going down; those of a barrier are not Python's."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def rank_zero_first(rank: int, world: int) -> Iterator[None]:
     """Rank 0 goes through the block, downloading and encoding; the others follow and find what it left."""
@@ -550,8 +561,8 @@ def main(argv: list[str] | None = None) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def batches(step: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's share of a step's sequences, in pieces of at most batch_size."""
-        offsets = draw_offsets(len(train_tokens), rows, config.block_size, args.seed, step)[rank::world]
+        """This process's share of a step's sequences, in pieces of at most batch_size: the pieces that one process would make."""
+        offsets = draw_offsets(len(train_tokens), rows, config.block_size, args.seed, step).chunk(world)[rank]
         return [take_windows(train_tokens, o, config.block_size, config.vocab_size, device) for o in offsets.split(args.batch_size)]
 
     replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()
@@ -648,8 +659,7 @@ def main(argv: list[str] | None = None) -> None:
             break
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes(world)
     if stopping:
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
