@@ -224,7 +224,7 @@ def tune_projections(
         penalty = 0.0
         for block, x in zip(model.transformer.h, inputs, strict=True):
             for name in PROJECTIONS:
-                a = getattr(block.attn, name).hidden(x[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
+                a = getattr(block.attn, name).activations(x[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
                 penalty = penalty + square_hoyer(a).mean()
         return kl + weight * penalty
 
@@ -254,7 +254,7 @@ def router_loss(moe: DynamicKMoE, x: Tensor) -> Tensor:
     binary cross-entropy against each expert's sum of positive activations over the token's largest such sum.
     """
     with torch.no_grad():
-        a = moe.hidden(x)  # [N, E, h]
+        a = moe.activations(x)  # [N, E, h]
         if moe.router.target == "share":
             mass = a.clamp(min=0).sum(-1)  # [N, E]
             target = mass / mass.amax(-1, keepdim=True).clamp(min=1e-9)
@@ -365,12 +365,13 @@ def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] |
 
 
 def print_read_off(points: list[dict], dense_loss: float) -> None:
-    """What each rule costs at 1% and at 2% above the dense loss"""
+    """What each rule costs at 1% and at 2% above the dense loss. The oracle has no FLOPs: true norms cost the whole layer."""
     print()
     for percent in (1, 2):
         for rule in dict.fromkeys(p["rule"] for p in points):
             if cost := cost_at(points, rule, dense_loss * (1 + percent / 100)):
-                print(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts, {cost[1]:6.1%} of the FLOPs")
+                flops = f", {cost[1]:6.1%} of the FLOPs" if rule != "oracle" else ""
+                print(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
 
 
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
@@ -399,7 +400,8 @@ def write_points(path: Path, points: list[dict]) -> None:
 
 def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: int, gate: Gate) -> None:
     """The picture: loss against FLOPs for this conversion and all found beside it on the same text; and how many experts
-    a token executes, block by block. Without matplotlib one line says so."""
+    a token executes, block by block. An oracle is drawn at what a perfect router of the same size would cost. Without
+    matplotlib one line says so."""
     try:
         import matplotlib
     except ImportError:
@@ -417,7 +419,8 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
             left.plot(*zip(*curve, strict=True), style, markersize=3, linewidth=1, label=f"{file.parent.name}: {recipe}, {rule}")
         for dense in {row["dense_loss"] for row in rows}:
             left.plot([1.0], [dense], "k*", markersize=8)
-    left.set(xlabel="FLOPs a token, relative to dense (star)", ylabel="loss, nats a token", xlim=(0.4, 1.1))
+    cheapest = min(line.get_xdata().min() for line in left.lines)
+    left.set(xlabel="FLOPs a token, relative to dense (star)", ylabel="loss, nats a token", xlim=(min(0.4, cheapest), 1.1))
     best = min(line.get_ydata().min() for line in left.lines)
     left.set_ylim(best * 0.99, best * 1.2)  # beyond a fifth of the loss nobody would run it
     left.legend(fontsize=6)
@@ -482,7 +485,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or (place if place.is_dir() else place.parent)
     settings = checkpoint.get("settings", {}) if isinstance(checkpoint.get("settings", {}), dict) else {}
     data = args.data or settings.get("data", "stdlib")
-    tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size)
+    tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size, data)
 
     neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, dense.config.n_embd // 4))
     experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 64)
@@ -555,3 +558,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written that is not complete")
+    except torch.OutOfMemoryError:
+        sys.exit("out of GPU memory: lower --batch_size")

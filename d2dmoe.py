@@ -105,7 +105,7 @@ def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Ten
     if penalty == "none":
         return z.new_zeros((), dtype=torch.float32)
     if activation != "relu":
-        a = F.relu(z - DISPLACEMENT)
+        a = F.relu(z.float() - DISPLACEMENT)
     return square_hoyer(a).mean() if penalty == "hoyer" else a.sum(-1, dtype=torch.float32).mean()
 
 
@@ -212,8 +212,8 @@ class DynamicKMoE(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(d))
         self.router = Router(d, router_width, num_experts, router_target)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Activations of all experts: x [N, d] -> a [N, E, h]"""
+    def activations(self, x: Tensor) -> Tensor:
+        """Of all experts: x [N, d] -> a [N, E, h]"""
         z = F.linear(x, self.w1.flatten(0, 1), self.b1.flatten())  # [N, E*h]
         return ACTIVATIONS[self.activation](z).unflatten(1, self.b1.shape)
 
@@ -221,7 +221,10 @@ class DynamicKMoE(nn.Module):
         """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool"""
         B, T, d = x.shape
         x = x.reshape(B * T, d)  # [N, d]
-        norms = expert_norms(self.hidden(x), self.w2) if gate.oracle else self.router(x)  # [N, E]
+        if gate == Gate():  # tau = 1: all experts run, whatever the router says
+            y = expert_ffn(x, self.w1, self.b1, self.w2, None, self.activation) + self.b2  # [N, d]
+            return y.view(B, T, d), torch.ones(B, T, len(self.w1), dtype=torch.bool, device=x.device)
+        norms = expert_norms(self.activations(x), self.w2) if gate.oracle else self.router(x)  # [N, E]
         executed = gate.rule(norms, gate.value)  # [N, E]
         y = expert_ffn(x, self.w1, self.b1, self.w2, executed, self.activation) + self.b2  # [N, d]
         return y.view(B, T, d), executed.view(B, T, -1)
@@ -232,7 +235,7 @@ class DynamicKMoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer; preallocated, so that shapes never change."""
+    """Keys and values of the tokens seen so far, for every layer; preallocated: new ones are written in place."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
@@ -243,6 +246,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """GPT-2's attention: four d x d projections, linear or converted to experts, around PyTorch's attention."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
@@ -417,29 +422,29 @@ def generate(
 # What it costs
 
 
-def flops_per_token(config: GPTConfig, context: float, executed: list[dict[str, float]] | None = None) -> float:
+def flops_per_token(config: GPTConfig, context: float, counts: list[dict[str, float]] | None = None) -> float:
     """Floating-point operations of the matrix multiplies for one token that attends to `context` tokens; a
     multiply-add is two. Counted: projections, attention, feed-forward, routers, LM head.
 
-    executed: for every block the mean number of experts a token executed, by layer name as in Block; None: the dense model.
+    counts: for every block the mean number of experts a token executed, by layer name as in Block; None: the dense model.
     """
     d, V = config.n_embd, config.vocab_size
     attention, linear = 2 * 2 * context * d, 2 * 4 * d * d  # scores and mixture; the four projections
     total = 2 * d * V + config.n_layer * attention
-    if executed is None:
+    if counts is None:
         return total + config.n_layer * (linear + 2 * 2 * d * config.d_ff)
-    for counts in executed:
+    for block in counts:
         if not config.attention_experts:
             total += linear
-        for name, count in counts.items():
+        for name, count in block.items():
             E, neurons, width = config.experts(name)
             total += 2 * (d * width + width * E) + count * 2 * 2 * d * neurons / E
     return total
 
 
-def executed_share(config: GPTConfig, executed: list[dict[str, float]]) -> float:
+def executed_share(config: GPTConfig, counts: list[dict[str, float]]) -> float:
     """Share of all experts that ran, from the same numbers as `flops_per_token`."""
-    return sum(sum(counts.values()) for counts in executed) / sum(config.experts(name)[0] for counts in executed for name in counts)
+    return sum(sum(block.values()) for block in counts) / sum(config.experts(name)[0] for block in counts for name in block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,15 +38,18 @@ except ImportError:  # macOS and Windows have no Triton: everything but triton_f
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
-def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    """The sum of the executed experts' outputs, without the bias b2, by the fastest path for this device and mask.
+def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """The sum of the executed experts' outputs, without the bias b2: on a GPU by Triton, on a CPU by the path that is
+    fastest for this mask.
 
-    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool -> [N, d], all floats of one dtype.
+    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d], floats of one dtype.
     Differentiable in x and the weights (where gradients are wanted the masked path runs).
     Raises KeyError for an activation that is not in ACTIVATIONS.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2)):
         return masked_ffn(x, w1, b1, w2, executed, activation)
+    if executed is None:
+        return dense_ffn(x, w1, b1, w2, None, activation)
     if x.is_cuda and triton is not None:
         return triton_ffn(x, w1, b1, w2, executed, activation)
     if x.device.type == "cpu":
@@ -67,18 +70,19 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, 
 # PyTorch: the reference, and the two CPU paths
 
 
-def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
+def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """The reference: all experts run as one dense layer and the activations of unselected ones are set to zero."""
     a = ACTIVATIONS[activation](F.linear(x, w1.flatten(0, 1), b1.flatten())).unflatten(1, b1.shape)  # [N, E, h]
-    a = a.masked_fill(~executed.unsqueeze(-1), 0)  # [N, E, h]
+    if executed is not None:
+        a = a.masked_fill(~executed.unsqueeze(-1), 0)  # [N, E, h]
     return a.flatten(1) @ w2.flatten(0, 1)  # [N, E*h] @ [E*h, d] -> [N, d]
 
 
 def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """The same on a CPU without gradients, as fast as the dense layer; executed is None where every expert runs."""
+    """The same without gradients, as fast as the dense layer; executed is None where every expert runs."""
     (N, d), (E, h, _) = x.shape, w1.shape
-    # A thin matmul can run twice as fast as a batch of four; beyond a hundred tokens one large one is as good.
-    P = math.gcd(E, 4) if N <= 128 else 1
+    # On a CPU a thin matmul can run twice as fast as a batch of four; beyond a hundred tokens one large one is as good.
+    P = math.gcd(E, 4) if N <= 128 and x.device.type == "cpu" else 1
     w1, b1, w2 = w1.reshape(P, -1, d), b1.reshape(P, 1, -1), w2.reshape(P, -1, d)  # [P, E*h/P, d], [P, 1, E*h/P]
     z = torch.baddbmm(b1, x.expand(P, N, d), w1.transpose(1, 2))  # [P, N, E*h/P]
     # In place: another [N, E*h] would cost more than the mask.
@@ -131,10 +135,12 @@ GATHERED_ROW = 1.6  # a gathered row against a dense one: it is copied in, added
 
 
 def looping_pays(selected: int, E: int, h: int, d: int) -> bool:
+    """Whether looped_ffn over the selected experts is faster than dense_ffn over all E, for one token."""
     return selected * (LOOP_CALL + READ_ONE * h * d) < E * h * d * (READ_ONE + 1)
 
 
 def grouping_pays(executed: Tensor, h: int, d: int) -> bool:
+    """Whether grouped_ffn is faster than dense_ffn for executed [N, E]."""
     N, E = executed.shape
     dense = E * h * d * (READ_MANY + N)
     rows = GATHERED_ROW * h * d * int(executed.count_nonzero())
@@ -256,7 +262,7 @@ if triton is not None:
             return out.to(x.dtype)
         prefill = _prefill_ffn_float32 if x.dtype == torch.float32 else _prefill_ffn
         kernel = _decode_ffn if N <= DECODE_TOKENS else prefill
-        tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
         grid = lambda meta: (E, triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(h, meta["BLOCK_H"]))  # noqa: E731
         with torch.cuda.device_of(x):  # Triton launches on the current device
             tokens, counts = group_tokens(executed)
@@ -413,7 +419,7 @@ def cpu_cache_bytes() -> int:
 def main() -> None:
     on_gpu = torch.cuda.is_available() and triton is not None
     parser = argparse.ArgumentParser(description="Check the expert execution and measure it against the dense layer.")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
     device = parser.parse_args().device
     if device != "cpu" and not on_gpu:
         raise SystemExit(f"--device {device} needs a GPU that torch sees, and Triton")

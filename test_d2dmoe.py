@@ -93,6 +93,9 @@ def test_every_path_equals_the_definition(shape, mask):
             paths.append(kernels.triton_ffn)
         for path in paths:
             assert_close(path(*layer, executed, activation), expected, 1e-5)
+        if executed.all():
+            assert_close(kernels.expert_ffn(*layer, None, activation), expected, 1e-5)
+            assert_close(kernels.masked_ffn(*layer, None, activation), expected, 1e-5)
         if N == 1:
             experts = executed[0].nonzero().flatten().tolist()
             assert_close(kernels.looped_ffn(*layer, experts, activation), expected, 1e-5)
@@ -383,7 +386,7 @@ def test_a_moe_layer_sums_what_its_gate_selects():
         y, executed = moe(x, gate)
         assert executed.shape == (2, 3, 6)
         flat = x.reshape(6, 10)
-        norms = d2dmoe.expert_norms(moe.hidden(flat), moe.w2) if gate.oracle else moe.router(flat)
+        norms = d2dmoe.expert_norms(moe.activations(flat), moe.w2) if gate.oracle else moe.router(flat)
         assert torch.equal(executed.reshape(6, 6), gate.rule(norms, gate.value))
         expected = loops(flat, moe.w1, moe.b1, moe.w2, executed.reshape(6, 6), "relu") + moe.b2.double()
         assert_close(y.reshape(6, 10), expected, 1e-5)
@@ -685,7 +688,10 @@ def test_training_learns_and_its_progress_is_printed(trained, capsys, tmp_path):
     assert checkpoint["best_loss"] == pytest.approx(min(float(r[2]) for r in rows), abs=1e-3)
 
 
-def test_a_second_run_in_the_same_folder_keeps_the_first_ones_checkpoint(trained, tmp_path, capsys):
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_second_run_in_the_same_folder_keeps_the_first_ones_checkpoint(trained, tmp_path, capsys, monkeypatch, hard_links):
+    if not hard_links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
     arguments = [*TINY, "--data", str(trained / "text.txt"), "--out", str(tmp_path), "--steps", "10"]
     train.main(arguments)
     first = weights_of(tmp_path / "ckpt.pt")
@@ -767,6 +773,19 @@ def test_a_nanogpt_checkpoint_loads_and_converts(trained, tmp_path, bias, prefix
     convert.main([*CONVERT, "--ckpt", str(tmp_path), "--data", str(trained / "text.txt")])
     moe = train.build_model(train.load_checkpoint(tmp_path, "d2dmoe.pt"), tmp_path)
     assert torch.allclose(moe(idx)[0], dense(idx)[0], atol=1e-4)
+
+
+def test_a_model_over_letters_converts_on_its_own_encoded_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_tokenizer", lambda name: pytest.fail("nothing is to be encoded"))
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=65, dropout=0.0)  # as nanoGPT's shakespeare_char
+    dense = GPT(GPTConfig(**{k: v for k, v in sizes.items() if k != "dropout"}, activation="gelu"))
+    torch.save({"model": dense.state_dict(), "model_args": sizes, "iter_num": 1}, tmp_path / "ckpt.pt")
+    for name in ("train.bin", "val.bin"):
+        np.random.default_rng(0).integers(0, 65, 500).astype(np.uint16).tofile(tmp_path / name)
+    convert.main([*CONVERT, "--ckpt", str(tmp_path), "--data", str(tmp_path)])
+    assert train.load_checkpoint(tmp_path, "d2dmoe.pt")["config"]["vocab_size"] == 65
+    with pytest.raises(SystemExit, match="vocabulary of 65 is too small for the tokenizer gpt2"):
+        convert.main([*CONVERT, "--ckpt", str(tmp_path)])
 
 
 def test_relufication_and_a_shorter_context_start_from_another_models_weights(trained, tmp_path):
@@ -1024,6 +1043,8 @@ def test_sampling_ends_with_what_it_cost(trained, capsys):
     assert found and 0 < float(found[1]) <= 100
     sample.main(["--ckpt", str(trained), "--tau", "1", "--max_new_tokens", "5", "--device", "cpu"])
     assert "100.0% of the experts executed" in capsys.readouterr().out
+    sample.main(["--ckpt", str(trained), "--max_new_tokens", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.endswith("of the dense model's FLOPs\n")  # nothing to time
 
 
 def test_tau_1_writes_what_the_dense_model_writes(trained):

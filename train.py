@@ -7,7 +7,7 @@
 
 loss = cross entropy + alpha * mean over feed-forward layers of penalty(activations)         equation (1) of the README
 
-The file in the order in which it runs: text -> tokens -> batches -> evaluation -> checkpoints -> settings -> the loop.
+The file follows the data: text -> tokens -> batches -> evaluation -> checkpoints -> settings -> the loop.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import shutil
 import signal
 import sys
 import sysconfig
@@ -41,6 +42,9 @@ from kernels import ACTIVATIONS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text -> tokens
+
+
+N_VOCAB = {"bytes": 257, "gpt2": 50257}  # known without loading a tokenizer, which GPT-2's may need a network for
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
@@ -78,8 +82,10 @@ def text_files(data: str) -> list[Path]:
 def is_text(path: Path) -> bool:
     """Readable and without a NUL byte at its start: pictures and archives in a folder of text are passed over."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with open(path, "rb") as f:
-            return path.is_file() and b"\0" not in f.read(8192)
+            return b"\0" not in f.read(8192)
     except OSError:
         return False
 
@@ -137,14 +143,19 @@ def map_tokens(path: Path) -> np.ndarray:
         sys.exit(f"cannot read tokens from {path}: {error}")
 
 
+def is_encoded(data: str) -> bool:
+    """Whether a folder holds nanoGPT's train.bin and val.bin"""
+    return Path(data, "train.bin").is_file() and Path(data, "val.bin").is_file()
+
+
 def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens, uint16, mapped from disk.
 
-    A folder with nanoGPT's train.bin and val.bin is taken as it is. Of other folders every tenth file is held out, of a
-    single file its last tenth; their tokens are kept under `out` and encoded again only when a file changes.
+    A folder with nanoGPT's train.bin and val.bin is taken as it is. Of other folders every tenth file is held out, of fewer
+    than ten files the last tenth of their tokens; these are kept under `out` and encoded again only when a file changes.
     Exits if there is less text than one context.
     """
-    if Path(data, "train.bin").is_file() and Path(data, "val.bin").is_file():
+    if is_encoded(data):
         train, val = map_tokens(Path(data, "train.bin")), map_tokens(Path(data, "val.bin"))
     else:
         files = text_files(data)
@@ -175,9 +186,9 @@ def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, vocab_siz
     """Inputs and targets [B, T] int64, the windows that start at offsets [B]. Exits on a token outside the vocabulary."""
     windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
     if windows.max() >= vocab_size:
-        sys.exit(f"token {windows.max()} lies outside the model's vocabulary of {vocab_size}: is --tokenizer right?")
+        sys.exit(f"token {windows.max()} lies outside the model's vocabulary of {vocab_size}: are --data and --tokenizer right?")
     windows = torch.from_numpy(windows)
-    if device.type == "cuda":  # page-locked memory lets the copy run beside the computation
+    if device.type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
         windows = windows.pin_memory().to(device, non_blocking=True)
     else:
         windows = windows.to(device)
@@ -331,10 +342,13 @@ def local_path(source: str) -> Path:
     return Path(url2pathname(urlsplit(source).path) if source.startswith("file://") else source)
 
 
-def choose_tokenizer(asked: str | None, checkpoint: dict, vocab_size: int) -> str:
-    """The tokenizer asked for, else the checkpoint's, else what its vocabulary suggests. Exits if it has more tokens."""
+def choose_tokenizer(asked: str | None, checkpoint: dict, vocab_size: int, data: str) -> str:
+    """The tokenizer asked for, else the checkpoint's, else what its vocabulary suggests. Exits if it is to encode `data` but
+    has more tokens than the model."""
     name = asked or str(checkpoint.get("tokenizer", "bytes" if vocab_size == 257 else "gpt2"))
-    if load_tokenizer(name).n_vocab > vocab_size:
+    if name not in N_VOCAB:
+        sys.exit(f"the checkpoint's tokenizer {name} is unknown: choose one of {', '.join(N_VOCAB)} by --tokenizer")
+    if N_VOCAB[name] > vocab_size and not is_encoded(data):
         sys.exit(f"the model's vocabulary of {vocab_size} is too small for the tokenizer {name}: choose another --tokenizer")
     return name
 
@@ -373,6 +387,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_seed(parser: argparse.ArgumentParser, seed: int) -> None:
+    """Exits through the parser if a seed lies outside of what torch's generators take."""
     if not 0 <= seed < 2**32:
         parser.error("--seed must be 0 or larger, and below 2**32")
 
@@ -496,7 +511,7 @@ def initial_model(args: argparse.Namespace) -> tuple[GPT, dict]:
         try:
             model = GPT(
                 GPTConfig(
-                    block_size=args.block_size or 128, vocab_size=load_tokenizer(args.tokenizer or "bytes").n_vocab, n_layer=args.n_layer,
+                    block_size=args.block_size or 128, vocab_size=N_VOCAB[args.tokenizer or "bytes"], n_layer=args.n_layer,
                     n_head=args.n_head, n_embd=args.n_embd, bias=not args.no_bias, activation=args.activation or "relu",
                     penalty=args.penalty,
                 )
@@ -530,7 +545,7 @@ def main(argv: list[str] | None = None) -> None:
     with rank_zero_first(rank, world):
         model, checkpoint = initial_model(args)
         config = model.config
-        args.tokenizer = choose_tokenizer(args.tokenizer, checkpoint, config.vocab_size)
+        args.tokenizer = choose_tokenizer(args.tokenizer, checkpoint, config.vocab_size, args.data)
         train_tokens, val_tokens = load_corpus(args.data, args.tokenizer, args.out, config.block_size)
     model.to(device)
 
@@ -571,10 +586,15 @@ def main(argv: list[str] | None = None) -> None:
         nonlocal replaces
         if replaces:  # an earlier run's checkpoint: a second name for it, since the first is about to be given away
             replaces, previous = False, args.out / "ckpt-previous.pt"
-            with contextlib.suppress(OSError):  # where a file system has no hard links
+            try:
                 previous.unlink(missing_ok=True)
-                previous.hardlink_to(args.out / "ckpt.pt")
-                print(f"the checkpoint that was in {args.out} stays as {previous}")
+                try:
+                    previous.hardlink_to(args.out / "ckpt.pt")
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(args.out / "ckpt.pt", previous)
+            except OSError as error:
+                sys.exit(f"cannot keep {args.out}/ckpt.pt as {previous}: {error.strerror}; it is untouched, choose another --out")
+            print(f"the checkpoint that was in {args.out} stays as {previous}")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         settings = {k: v for k, v in vars(args).items() if k != "out"}
         save_checkpoint(
@@ -618,7 +638,7 @@ def main(argv: list[str] | None = None) -> None:
                     loss = share * (cross_entropy + alpha * penalty)  # equation (1)
                 loss.backward()
             total += share * cross_entropy.detach()
-        upcoming = batches(step + 1)  # copied to a GPU while that computes
+        upcoming = batches(step + 1) if step + 1 < args.steps else []  # read and queued while a GPU computes
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])
         if world > 1:
@@ -669,3 +689,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: what was saved before is untouched")
+    except torch.OutOfMemoryError:
+        sys.exit("out of GPU memory: lower --batch_size and raise --grad_accum as much; what was saved before is untouched")
