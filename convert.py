@@ -1,7 +1,7 @@
 """Converts a trained dense model to a dynamic-k mixture of experts: the second half of D2DMoE.
 
     python convert.py --ckpt out/                              the paper's recipe
-    python convert.py --ckpt out/ --split coactivation --router_target sqrt          fewer experts for the same loss
+    python convert.py --ckpt out/ --split coactivation --router_target sqrt --router_width 48    fewer experts, same loss
     python convert.py --ckpt out/ --attention                  the attention projections too
     python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
 
