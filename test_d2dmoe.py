@@ -557,6 +557,11 @@ def test_reading_in_pieces_does_not_change_the_tokens(tmp_path):
         pieces = list(train.read_chunks(tmp_path / "t.txt", size=draw.randint(1, 60)))
         assert "".join(pieces) == text
         assert sum((tokenizer.encode_ordinary(p) for p in pieces), []) == tokenizer.encode_ordinary(text)
+    (tmp_path / "t.txt").write_text("x" * 5000)  # nowhere to cut, and still not in memory whole
+    pieces = list(train.read_chunks(tmp_path / "t.txt", size=10))
+    assert "".join(pieces) == "x" * 5000 and max(map(len, pieces)) < 200
+    with pytest.raises(SystemExit, match="cannot read .*nowhere.txt: No such file"):
+        list(train.read_chunks(tmp_path / "nowhere.txt"))
 
 
 def write_text(path, words=6000, seed=0):
@@ -573,6 +578,8 @@ def test_every_tenth_file_is_held_out(tmp_path):
     (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
     (folder / "missing.txt").symlink_to(tmp_path / "nowhere")
     (folder / "loop").symlink_to(folder)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = train.load_corpus(str(folder), "bytes", tmp_path / "out", 16)
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
     assert set(tokens[1].tolist()) == {ord("a") + 9, ord("a") + 19, 256}
