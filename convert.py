@@ -1,7 +1,7 @@
 """Converts a trained dense model to a dynamic-k mixture of experts: the second half of D2DMoE.
 
     python convert.py --ckpt out/                              the paper's recipe
-    python convert.py --ckpt out/ --split coactivation --router_target sqrt --router_width 48    fewer experts, same loss
+    python convert.py --ckpt out/ --split coactivation --router_target sqrt --router_width 64    fewer experts, same loss
     python convert.py --ckpt out/ --attention                  the attention projections too
     python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
 
@@ -452,7 +452,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--attention", action="store_true", help="convert the attention projections too")
     add("--split", choices=("weights", "coactivation"), default="weights", help="what makes neurons alike: their weights (the paper's), or firing together (default: %(default)s)")
     add("--router_target", choices=("norm", "sqrt"), default="norm", help="what routers regress: the experts' output norms (the paper's), or their square roots (default: %(default)s)")
-    add("--router_width", type=int, default=None, help="hidden width of the routers (default: a quarter of d, at most the paper's 128; projections get a quarter of that)")
+    add("--router_width", type=int, default=None, help="hidden width of the routers (default: three eighths of d, at most the paper's 128; projections get a quarter of that)")
     add("--baseline", choices=("none", "moefication"), default="none", help="MoEfication: classifier routers and top-k (default: %(default)s)")
     add("--steps", type=int, default=2500, help="training steps of the routers; with --attention as many of the projections, a quarter each alone and the rest together (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="contexts a step (default: %(default)s)")
@@ -487,7 +487,7 @@ def main(argv: list[str] | None = None) -> None:
     data = args.data or settings.get("data", "stdlib")
     tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size, data)
 
-    neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, dense.config.n_embd // 4))
+    neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, 3 * dense.config.n_embd // 8))
     experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 64)
     if args.expert_size and neurons % args.expert_size:
         sys.exit(f"--expert_size {args.expert_size} does not divide the {neurons} neurons of a feed-forward layer")
