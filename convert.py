@@ -372,6 +372,8 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
             if cost := cost_at(points, rule, dense_loss * (1 + percent / 100)):
                 flops = f", {cost[1]:6.1%} of the FLOPs" if rule != "oracle" else ""
                 print(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
+            else:
+                print(f"at {percent}% above the dense loss, {rule:9}: outside of this table")
 
 
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
@@ -466,6 +468,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if not 0 < args.lr < math.inf:
         parser.error("--lr must be a positive number")
+    if args.baseline == "moefication" and args.router_target != "norm":
+        parser.error("--baseline moefication has a router of its own: leave --router_target out")
     check_seed(parser, args.seed)
     if bad := [tau for tau in args.taus if not 0 <= tau <= 1]:
         parser.error(f"--taus must lie between 0 and 1, not {bad[0]:g}")
@@ -549,7 +553,8 @@ def main(argv: list[str] | None = None) -> None:
     gate = Gate(top_share, 0.25) if args.baseline == "moefication" else Gate(dynamic_k, 0.95)
     _, counts = measure(moe, val_tokens, args.eval_windows, 16, gate)
     draw(out / "cost_vs_loss.png", text, counts, experts, gate)
-    print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s; now: python sample.py --ckpt {out} --tau 0.95")
+    then = "" if args.baseline == "moefication" else f"; now: python sample.py --ckpt {out} --tau 0.95"
+    print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s{then}")
     end_processes(world)
 
 
@@ -557,6 +562,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written that is not complete")
+        sys.exit("interrupted: run it again, conversion does not resume; every file is complete or as it was")
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: lower --batch_size")

@@ -1120,7 +1120,9 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         pickle.dump(Evil(tmp_path / "executed"), f)
     np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.full(500, 300, dtype=np.uint16).tofile(tmp_path / "val.bin")
-    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins/empty").mkdir(parents=True)
+    (tmp_path / "trained").mkdir()
+    shutil.copy(ckpt, tmp_path / "trained")
     for name in ("train.bin", "val.bin"):
         (tmp_path / "bins" / name).write_bytes(b"")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pair_tokenizer())
@@ -1129,8 +1131,11 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
 
     for message, main, *arguments in [
         ("no checkpoint at .*nowhere", sample.main, "--ckpt", tmp_path / "nowhere"),
-        ("no checkpoint at .*d2dmoe.pt: run train.py first, then convert.py", sample.main, "--ckpt", tmp_path),
-        ("no checkpoint at", convert.main, "--ckpt", tmp_path / "nowhere"),
+        ("no checkpoint at .*d2dmoe.pt: first run train.py, then convert.py", sample.main, "--ckpt", tmp_path),
+        ("no checkpoint at .*d2dmoe.pt: first run python convert.py --ckpt .*trained", sample.main, "--ckpt", tmp_path / "trained"),
+        ("--baseline moefication has a router of its own", convert.main, "--ckpt", trained, "--baseline", "moefication", "--router_target", "sqrt"),
+        ("bins/empty: no text in this folder", train.main, *small, "--out", out, "--data", tmp_path / "bins/empty"),
+        ("no checkpoint at .*nowhere: first run train.py$", convert.main, "--ckpt", tmp_path / "nowhere"),
         ("no checkpoint at", train.main, "--init", "resume", "--out", out),
         ("no checkpoint at", train.main, *small, "--out", out, "--init", tmp_path / "nowhere.pt"),
         ("half.pt is damaged or not a checkpoint", convert.main, "--ckpt", tmp_path / "half.pt"),

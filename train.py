@@ -159,6 +159,8 @@ def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> t
         train, val = map_tokens(Path(data, "train.bin")), map_tokens(Path(data, "val.bin"))
     else:
         files = text_files(data)
+        if not files:
+            sys.exit(f"--data {data}: no text in this folder")
         stamp = [tokenizer_name, *((str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
         key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
         held_out = files[9::10]
@@ -284,7 +286,8 @@ def load_checkpoint(path: str | Path, name: str = "ckpt.pt") -> dict:
     if path.is_dir():
         path = path / name
     if not path.exists():
-        sys.exit(f"no checkpoint at {path}: run train.py first" + (", then convert.py" if name == "d2dmoe.pt" else ""))
+        convert = f"python convert.py --ckpt {path.parent}" if path.with_name("ckpt.pt").exists() else "train.py, then convert.py"
+        sys.exit(f"no checkpoint at {path}: first run {convert if name == 'd2dmoe.pt' else 'train.py'}")
     try:
         if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
             with zipfile.ZipFile(path) as archive:
@@ -296,8 +299,8 @@ def load_checkpoint(path: str | Path, name: str = "ckpt.pt") -> dict:
         if not isinstance(checkpoint, dict):
             raise ValueError("it holds no dict")
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        sys.exit(f"{path} is damaged or not a checkpoint: {reason}")
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        sys.exit(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason[:200]})")
     return checkpoint
 
 
