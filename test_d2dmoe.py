@@ -37,6 +37,7 @@ import train
 from d2dmoe import GPT, DynamicKMoE, Gate, GPTConfig, Router, dynamic_k, top_k
 
 HERE = Path(__file__).resolve().parent
+PYTHONPATH = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
 LONG = 10 if os.environ.get("D2DMOE_LONG") == "1" else 1
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
@@ -218,7 +219,7 @@ def compile_ahead_of_time(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100, "gfx942"])
 def test_both_kernels_compile_ahead_of_time(arch, tmp_path):
     # In a process of its own: here the kernels belong to the interpreter.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE), "TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "0"}
     script = f"import test_d2dmoe; test_d2dmoe.compile_ahead_of_time({arch!r})"
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -245,7 +246,7 @@ def test_the_benchmark_checks_first_and_then_measures(capsys, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_this_gpu():
     """float64 reference, no synchronization, and a CUDA graph that replays on other masks; in a process of its own too"""
-    environment = os.environ | {"PYTHONPATH": str(HERE), "TRITON_INTERPRET": "0"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "0"}
     script = """
 import torch, kernels as k
 k.check("cuda")
