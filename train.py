@@ -471,12 +471,13 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def end_processes(world: int) -> None:
-    """Leaves the group once all processes have come here. One that exits right after an all_reduce can be aborted, because
-    gloo's threads still hold its tensors when Python is going down; those of a barrier are not Python's."""
+def end_processes(world: int, status: int = 0) -> None:
+    """Under torchrun leaves the group and ends this process, without Python's own shutdown: gloo's threads can still hold
+    tensors of the last all_reduce, and Python, when it goes down, aborts a thread that lets go of one."""
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)
 
 
 @contextlib.contextmanager
@@ -682,9 +683,10 @@ def main(argv: list[str] | None = None) -> None:
             break
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    end_processes(world)
-    if stopping:
-        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+    status = 128 + (stop[0] if stop else signal.SIGTERM) if stopping else 0
+    end_processes(world, status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
