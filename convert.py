@@ -336,7 +336,7 @@ def cost_table(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, taus
     print(f"\ndense loss {dense_loss:.4f} nats a token; executed: share of experts; FLOPs: a token, relative to dense")
     if baseline:
         print("  share     FLOPs    loss  change")
-        for share in (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
+        for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
             k = point("top_k", Gate(top_share, share))
             print(f"{k['executed']:7.1%} {k['flops']:9.1%} {change(k['loss'])}", flush=True)
         return points
