@@ -104,11 +104,12 @@ def weight_features(mlp: MLP) -> Tensor:
 
 
 def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
-    """Neurons by when they contribute: |activation| times the norm of the neuron's W2 column, for each of the tokens
-    x [N, d], at unit length, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
-    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs() * mlp.c_proj.weight.norm(dim=0)  # [N, d_ff]
-    a = a.cpu()  # where the clustering runs
-    u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
+    """Neurons by when they fire: their |activation| for each of the tokens x [N, d], at unit length, so that a dot product
+    is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
+    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff], where the clustering runs
+    with torch.random.fork_rng(devices=[]):  # its random start is the same in every call, and costs no other draw its place
+        torch.default_generator.manual_seed(0)
+        u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
     return u * s
 
 

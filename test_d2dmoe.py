@@ -872,16 +872,20 @@ def test_splitting_loses_nothing(bias, activation):
     assert (y - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_coactivation_features_follow_what_neurons_contribute():
+def test_features_of_neurons():
     torch.manual_seed(0)
     mlp = d2dmoe.MLP(6, 20, "relu", "none")
     x = torch.randn(50, 6)
-    a = torch.relu(x @ mlp.c_fc.weight.t() + mlp.c_fc.bias) * mlp.c_proj.weight.norm(dim=0)
+    a = torch.relu(x @ mlp.c_fc.weight.t() + mlp.c_fc.bias)  # [50, 20]
     unit = (a / a.norm(dim=0)).t()  # [20, 50]
     features = convert.coactivation_features(mlp, x, rank=20)
     assert torch.allclose(features @ features.t(), unit @ unit.t(), atol=1e-4)  # a rotation of them, at full rank
     assert convert.coactivation_features(mlp, x, rank=3).shape == (20, 3)
-    assert torch.allclose(convert.weight_features(mlp).norm(dim=1), torch.ones(20))
+    before = torch.get_rng_state()
+    assert torch.equal(convert.coactivation_features(mlp, x, rank=3), convert.coactivation_features(mlp, x, rank=3))
+    assert torch.equal(torch.get_rng_state(), before)
+    w = mlp.c_fc.weight
+    assert torch.allclose(convert.weight_features(mlp), w / w.norm(dim=1, keepdim=True))
 
 
 def test_router_losses_by_plain_formula():
