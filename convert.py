@@ -12,11 +12,13 @@
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +36,7 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    GPT2_REPOS, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, end_processes, evaluate,
+    GPT2_REPOS, N_VOCAB, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, end_processes, evaluate,
     learning_rate, load_corpus, load_initial, local_path, pick_device, rank_zero_first, save_checkpoint, start_processes, take_windows,
 )  # fmt: skip
 
@@ -86,7 +88,8 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, restarts: int = 3, iterat
         prices, squares = torch.zeros(k), math.inf
         for _ in range(iterations):
             score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2 but for |p|^2
-            # at least some roundings of a float32, or equal points would outbid each other for ever
+            # A tenth of the spread, for an assignment need not be exact while the centers still move; but at least some
+            # roundings of a float32, or equal points would outbid each other for ever.
             epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
             assignment = assign_balanced(score, prices, epsilon)
             centers = torch.zeros_like(centers).index_add_(0, assignment, points) / (n // k)
@@ -144,7 +147,7 @@ def fit(
     clock = time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
-        offsets = draw_offsets(len(tokens), rows, config.block_size, seed, step)[rank::world]
+        offsets = draw_offsets(len(tokens), rows, config.block_size, seed, step).chunk(world)[rank]
         x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
         loss = loss_of(x, step / steps)
         loss.backward()
@@ -168,16 +171,18 @@ INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "mlp": "mlp"}  # which
 
 def projection_loss(student: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
     """How far a two-layer MLP is from the linear projection that it replaces: the mean squared error relative to the
-    target's variance, plus weight * the sparsity penalty. x, target [N, d] -> scalar"""
+    target's variance, plus weight * the sparsity penalty. x, target [..., d] -> scalar"""
     y, penalty = student(x)
     return F.mse_loss(y, target) / target.var() + weight * penalty
 
 
-def distill_projections(dense: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float) -> list[dict[str, MLP]]:
+def distill_projections(
+    dense: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float
+) -> list[dict[str, MLP]]:  # fmt: skip
     """For each block the MLPs that imitate its Q, K, V and output projections on the dense model's own activations."""
-    config = dense.config
+    config, device = dense.config, dense.lm_head.weight.device
     students = [
-        {name: MLP(config.n_embd, config.projection_width, "relu", "hoyer").to(dense.lm_head.weight.device) for name in PROJECTIONS}
+        {name: MLP(config.n_embd, config.projection_width, "relu", "hoyer").to(device) for name in PROJECTIONS}
         for _ in range(config.n_layer)
     ]
 
@@ -185,14 +190,15 @@ def distill_projections(dense: GPT, tokens: np.ndarray, steps: int, lr: float, r
         with torch.no_grad():
             _, _, inputs = dense.hidden(x)
         total = 0.0
-        for block, x, student in zip(dense.transformer.h, inputs, students, strict=True):
+        for block, read, student in zip(dense.transformer.h, inputs, students, strict=True):
             with torch.no_grad():
-                targets = (*block.attn.c_attn(x["qkv"]).split(config.n_embd, dim=-1), block.attn.c_proj(x["o"]))
+                targets = (*block.attn.c_attn(read["qkv"]).split(config.n_embd, dim=-1), block.attn.c_proj(read["o"]))
             for name, target in zip(PROJECTIONS, targets, strict=True):
-                total = total + projection_loss(student[name], x[INPUT_OF[name]], target, weight * progress)
+                total = total + projection_loss(student[name], read[INPUT_OF[name]], target, weight * progress)
         return total
 
-    fit([p for s in students for m in s.values() for p in m.parameters()], loss_of, config, tokens, steps, lr, rows, seed, "projections")
+    parameters = [p for block_students in students for mlp in block_students.values() for p in mlp.parameters()]
+    fit(parameters, loss_of, config, tokens, steps, lr, rows, seed, "projections")
     return students
 
 
@@ -223,9 +229,9 @@ def tune_projections(
         recompute = partial(torch.utils.checkpoint.checkpoint, divergence, use_reentrant=False)
         kl = torch.stack([recompute(*context) for context in zip(y, targets, strict=True)]).mean()
         penalty = 0.0
-        for block, x in zip(model.transformer.h, inputs, strict=True):
+        for block, read in zip(model.transformer.h, inputs, strict=True):
             for name in PROJECTIONS:
-                a = getattr(block.attn, name).activations(x[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
+                a = getattr(block.attn, name).activations(read[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
                 penalty = penalty + square_hoyer(a).mean()
         return kl + weight * penalty
 
@@ -275,8 +281,8 @@ def train_routers(moe: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int
         with torch.no_grad():
             _, _, inputs = moe.hidden(x)
         return sum(
-            router_loss(layer, x[INPUT_OF[name]].flatten(0, 1))  # [B, T, d] -> [N, d]
-            for block_layers, x in zip(layers, inputs, strict=True)
+            router_loss(layer, read[INPUT_OF[name]].flatten(0, 1))  # [B, T, d] -> [N, d]
+            for block_layers, read in zip(layers, inputs, strict=True)
             for name, layer in block_layers.items()
         )
 
@@ -302,16 +308,18 @@ def split_model(dense: GPT, moe: GPT, students: list[dict[str, MLP]] | None, sam
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost against loss
 
+EVAL_BATCH = 16  # contexts evaluated at once: small, for with experts the activations of a large batch leave a CPU's cache
+
 
 def top_share(norms: Tensor, share: float) -> Tensor:
     """top_k for the number of experts that is `share` of E, rounded up so that top-k is never given less."""
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
-def measure(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: Gate) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
     """Executed share of all experts, FLOPs a token relative to dense, and loss, under a gate; and the counts a token."""
     config = moe.config
-    loss, counts = evaluate(moe, tokens, windows, batch_size, gate)
+    loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
     means = [{name: c.float().mean().item() for name, c in layer.items()} for layer in counts]
     context = (config.block_size + 1) / 2  # what a token attends to, on average over a window
     return {
@@ -322,12 +330,12 @@ def measure(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, gate: G
     }, counts
 
 
-def cost_table(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, taus: list[float], dense_loss: float, baseline: bool) -> list[dict]:
+def cost_table(moe: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float, baseline: bool) -> list[dict]:
     """Prints the table over tau and returns its points; for MoEfication over k alone."""
     points = []
 
     def point(rule, gate):
-        row, _ = measure(moe, tokens, windows, batch_size, gate)
+        row, _ = measure(moe, tokens, windows, gate)
         points.append({"rule": rule, **row})
         return row
 
@@ -338,18 +346,18 @@ def cost_table(moe: GPT, tokens: np.ndarray, windows: int, batch_size: int, taus
     if baseline:
         print("  share     FLOPs    loss  change")
         for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
-            k = point("top_k", Gate(top_share, share))
-            print(f"{k['executed']:7.1%} {k['flops']:9.1%} {change(k['loss'])}", flush=True)
+            row = point("top_k", Gate(top_share, share))
+            print(f"{row['executed']:7.1%} {row['flops']:9.1%} {change(row['loss'])}", flush=True)
         return points
     print("             dynamic-k (router)              top-k, as many experts    oracle (true norms)")
     print("   tau  executed   FLOPs    loss  change  executed    loss  change  executed    loss  change")
     for tau in taus:
-        d = point("dynamic_k", Gate(dynamic_k, tau))
-        k = point("top_k", Gate(top_share, d["executed"]))
-        o = point("oracle", Gate(dynamic_k, tau, oracle=True))
+        dynamic = point("dynamic_k", Gate(dynamic_k, tau))
+        fixed = point("top_k", Gate(top_share, dynamic["executed"]))
+        oracle = point("oracle", Gate(dynamic_k, tau, oracle=True))
         print(
-            f"{tau:6.4g} {d['executed']:9.1%} {d['flops']:7.1%} {change(d['loss'])} "
-            f"{k['executed']:9.1%} {change(k['loss'])} {o['executed']:9.1%} {change(o['loss'])}", flush=True,
+            f"{tau:6.4g} {dynamic['executed']:9.1%} {dynamic['flops']:7.1%} {change(dynamic['loss'])} "
+            f"{fixed['executed']:9.1%} {change(fixed['loss'])} {oracle['executed']:9.1%} {change(oracle['loss'])}", flush=True,
         )  # fmt: skip
     return points
 
@@ -381,18 +389,25 @@ COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss",
 
 
 def read_points(path: Path) -> list[dict[str, str | float]]:
-    """The rows of a cost_vs_loss.csv, numbers as floats; none if it is missing or not one of ours."""
+    """The rows of a cost_vs_loss.csv, numbers as floats. Rows that are not ours are passed over; none if it is missing."""
+    points = []
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            rows = [row for row in csv.DictReader(f) if set(row) == set(COLUMNS)]
-        return [row | {name: float(row[name]) for name in COLUMNS[2:7]} for row in rows]  # value ... dense_loss
-    except (OSError, TypeError, ValueError, csv.Error):
-        return []
+            for row in csv.DictReader(f):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    points.append({name: float(row[name]) if name in COLUMNS[2:7] else row[name] for name in COLUMNS})
+    except (OSError, ValueError, csv.Error):
+        pass
+    return [point for point in points if None not in point.values()]
 
 
 def write_points(path: Path, points: list[dict]) -> None:
     """Adds a conversion's points to the CSV, in place of an earlier conversion's by the same recipe."""
-    others = [row for row in read_points(path) if row["recipe"] != points[0]["recipe"]]
+    earlier = read_points(path)
+    if not earlier and path.exists() and path.stat().st_size:  # somebody else's
+        path.replace(path.with_name(f"{path.name}.old"))
+        print(f"{path} was not a table of ours: it stays as {path}.old")
+    others = [point for point in earlier if point["recipe"] != points[0]["recipe"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -414,12 +429,15 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colors = {}  # one a conversion; how it chooses experts is told by the kind of line
     for file in sorted(path.parent.absolute().parent.glob("*/cost_vs_loss.csv")):
         rows = [row for row in read_points(file) if row["text"] == text]
         for recipe, rule in dict.fromkeys((row["recipe"], row["rule"]) for row in rows):
             curve = sorted((r["flops"], r["loss"]) for r in rows if (r["recipe"], r["rule"]) == (recipe, rule))
             style = {"dynamic_k": "o-", "top_k": "s--", "oracle": ":"}.get(rule, "-")
-            left.plot(*zip(*curve, strict=True), style, markersize=3, linewidth=1, label=f"{file.parent.name}: {recipe}, {rule}")
+            name = f"{file.parent.name}: {recipe}"
+            color = colors.setdefault(name, f"C{len(colors)}")
+            left.plot(*zip(*curve, strict=True), style, color=color, markersize=3, linewidth=1, label=f"{name}, {rule}")
         for dense in {row["dense_loss"] for row in rows}:
             left.plot([1.0], [dense], "k*", markersize=8)
     cheapest = min(line.get_xdata().min() for line in left.lines)
@@ -440,13 +458,14 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert a dense checkpoint to experts with dynamic-k gating.")
     add = parser.add_argument
     add("--ckpt", default="out", help=f"folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a GPT-2 state dict, or {', '.join(GPT2_REPOS)} (default: %(default)s)")
-    add("--out", type=Path, default=None, help="folder for d2dmoe.pt, cost_vs_loss.csv and .png (default: beside the checkpoint)")
+    add("--out", type=Path, default=None, help="folder for d2dmoe.pt, cost_vs_loss.csv and .png (default: beside the checkpoint; of a downloaded GPT-2 the folder ./gpt2 and the like)")
     add("--data", default=None, help="as in train.py (default: what the checkpoint was trained on, else stdlib)")
     add("--tokenizer", choices=("bytes", "gpt2"), default=None, help="(default: the checkpoint's, else told by its vocabulary)")
     size = parser.add_mutually_exclusive_group()
@@ -486,8 +505,8 @@ def main(argv: list[str] | None = None) -> None:
         dense, checkpoint = load_initial(args.ckpt)
     if dense.config.num_experts or dense.config.attention_experts:
         sys.exit(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
-    place = local_path(args.ckpt)
-    out = args.out or (place if place.is_dir() else place.parent)
+    place = Path(args.ckpt) if args.ckpt in GPT2_REPOS else local_path(args.ckpt)
+    out = args.out or (place if place.is_dir() or args.ckpt in GPT2_REPOS else place.parent)
     settings = checkpoint.get("settings", {}) if isinstance(checkpoint.get("settings", {}), dict) else {}
     data = args.data or settings.get("data", "stdlib")
     tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size, data)
@@ -514,23 +533,34 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"--batch_size {rows} does not divide among {world} processes")
 
     dense.to(device).requires_grad_(False)
+    if rank == 0:  # what could fail at the end of an hour is tried at its start
+        dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, EVAL_BATCH)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        except OSError as error:
+            sys.exit(f"cannot write into {out}: {error.strerror}; choose another folder by --out")
     clock = time.perf_counter()
     students = None
     if args.attention:
-        alone = max(1, args.steps // 4)  # steps; the rest matters more
+        # The weight 1e-3 is the paper's, for its ViT. Training together matters more, so it gets more of the steps; there
+        # the penalty's weight is lower, for a divergence is far below 1, and so is the learning rate, for it starts well.
+        alone = max(1, args.steps // 4)
         students = distill_projections(dense, train_tokens, alone, args.lr, rows, args.seed, weight=1e-3)
         tune_projections(dense, students, train_tokens, max(1, args.steps - alone), args.lr / 2, rows, args.seed + 2, weight=1e-4)
     moe = GPT(config).to(device).requires_grad_(False)
     sample = None
     if args.split == "coactivation":
-        offsets = draw_offsets(len(train_tokens), max(1, 8192 // config.block_size), config.block_size, args.seed, step=-1)
+        windows = max(1, 8192 // config.block_size)  # 8,192 tokens, of a step that no training has
+        offsets = draw_offsets(len(train_tokens), windows, config.block_size, args.seed, step=-1)
         sample, _ = take_windows(train_tokens, offsets, config.block_size, config.vocab_size, device)
     split_model(dense, moe, students, sample, args.seed)
     if world > 1:  # the same experts everywhere, whatever each machine's arithmetic
         for p in moe.parameters():
             dist.broadcast(p, 0)
     if rank == 0:
-        print(f"{config.n_layer} blocks of {experts} experts with {neurons // experts} neurons, split in {time.perf_counter() - clock:.0f} s", flush=True)
+        seconds = time.perf_counter() - clock
+        print(f"{config.n_layer} blocks of {experts} experts with {neurons // experts} neurons, split in {seconds:.0f} s", flush=True)
     for block in moe.transformer.h:
         for layer in expert_layers(block).values():
             layer.router.requires_grad_(True)
@@ -539,22 +569,22 @@ def main(argv: list[str] | None = None) -> None:
         end_processes(world)
         return
 
-    dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, 16)
-    if args.attention:
-        loss, _ = evaluate(moe, val_tokens, args.eval_windows, 16)
-        print(f"with imitated projections and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
     save_checkpoint(
         out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe, dense_loss=dense_loss,
         settings={"data": data} | {k: v for k, v in vars(args).items() if k in ("split", "seed", "steps", "batch_size", "lr")},
     )  # fmt: skip
-    points = cost_table(moe, val_tokens, args.eval_windows, 16, args.taus, dense_loss, args.baseline == "moefication")
+    if args.attention:
+        loss, _ = evaluate(moe, val_tokens, args.eval_windows, EVAL_BATCH)
+        print(f"with imitated projections and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
+    points = cost_table(moe, val_tokens, args.eval_windows, args.taus, dense_loss, args.baseline == "moefication")
     print_read_off(points, dense_loss)
     text = f"{data} ({tokenizer}, {len(val_tokens)} held-out tokens)"
     write_points(out / "cost_vs_loss.csv", [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": text} for p in points])
     gate = Gate(top_share, 0.25) if args.baseline == "moefication" else Gate(dynamic_k, 0.95)
-    _, counts = measure(moe, val_tokens, args.eval_windows, 16, gate)
+    _, counts = measure(moe, val_tokens, args.eval_windows, gate)
     draw(out / "cost_vs_loss.png", text, counts, experts, gate)
-    then = "" if args.baseline == "moefication" else f"; now: python sample.py --ckpt {out} --tau 0.95"
+    speaks = args.baseline == "none" and N_VOCAB[tokenizer] <= config.vocab_size  # a model over letters of its own cannot
+    then = f"; now: python sample.py --ckpt {out} --tau 0.95" if speaks else ""
     print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s{then}")
     end_processes(world)
 

@@ -29,7 +29,7 @@ from kernels import ACTIVATIONS, expert_ffn
 
 @dataclass
 class GPTConfig:
-    """Sizes of a model; the fields after `penalty` say how it was converted and are 0 in a dense one."""
+    """Sizes of a model; the fields after `penalty` say how it was converted; in a dense one their sizes are 0."""
 
     block_size: int = 128  # longest context, in tokens
     vocab_size: int = 257
@@ -293,6 +293,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """GPT-2's, with layer norms in front: x + attention(ln_1 x), then that + feed_forward(ln_2 that)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         d, d_ff, activation = config.n_embd, config.d_ff, config.activation
@@ -317,13 +319,14 @@ class Block(nn.Module):
         q, k, v, measured = self.attn.qkv(inputs["qkv"], gate)
         inputs["o"] = self.attn.attend(q, k, v, cache, layer)
         y, ran = self.attn.project(inputs["o"], gate)
+        measured |= ran
         x = x + y
         inputs["mlp"] = self.ln_2(x)
         if isinstance(self.mlp, DynamicKMoE):
-            y, ran["mlp"] = self.mlp(inputs["mlp"], gate)
+            y, measured["mlp"] = self.mlp(inputs["mlp"], gate)
         else:
-            y, ran["penalty"] = self.mlp(inputs["mlp"])
-        return x + y, measured | ran, inputs
+            y, measured["penalty"] = self.mlp(inputs["mlp"])
+        return x + y, measured, inputs
 
 
 class GPT(nn.Module):

@@ -42,7 +42,7 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     """The sum of the executed experts' outputs, without the bias b2: on a GPU by Triton, on a CPU by the path that is
     fastest for this mask.
 
-    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d], floats of one dtype.
+    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d], all floats of one dtype.
     Differentiable in x and the weights (where gradients are wanted the masked path runs).
     Raises KeyError for an activation that is not in ACTIVATIONS.
     """
@@ -67,7 +67,7 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch: the reference, and the two CPU paths
+# PyTorch: the reference, and the three CPU paths
 
 
 def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
@@ -230,7 +230,8 @@ if triton is not None:
     def _tuned(configs):
         if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no clock to tune by
             configs = configs[:1]
-        # Tuning runs the kernel many times on one output, so that is set to zero before each run.
+        # Tuned by the first call for these sizes, whatever its N is. Tuning runs the kernel many times on one output, so
+        # that is set to zero before each run.
         return triton.autotune(configs, key=["d", "h"], reset_to_zero=["out_ptr"])(_fused_ffn)
 
     _decode_ffn, _prefill_ffn, _prefill_ffn_float32 = _tuned(DECODE), _tuned(PREFILL), _tuned(PREFILL_FLOAT32)

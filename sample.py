@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from d2dmoe import Gate, dynamic_k, executed_share, flops_per_token, generate
-from train import add_shared_arguments, build_model, check_seed, load_checkpoint, load_tokenizer, pick_device
+from train import N_VOCAB, add_shared_arguments, build_model, check_seed, load_checkpoint, load_tokenizer, pick_device
 
 
 def shade(text: str, share: float) -> str:
@@ -62,7 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     config = model.config
     if not config.num_experts:
         sys.exit(f"{args.ckpt} is a dense model: convert it first with python convert.py --ckpt {Path(args.ckpt)}")
-    tokenizer = load_tokenizer(str(checkpoint.get("tokenizer", "bytes")))
+    name = str(checkpoint.get("tokenizer", "bytes"))
+    if N_VOCAB.get(name, 0) > config.vocab_size:
+        sys.exit(f"{args.ckpt} has a vocabulary of its own, of {config.vocab_size} tokens: what they spell is not in it")
+    tokenizer = load_tokenizer(name)
     prompt = tokenizer.encode(args.prompt, disallowed_special=()) or [tokenizer.eot_token]
     if len(prompt) > config.block_size:
         sys.exit(f"the prompt has {len(prompt)} tokens and the model's context {config.block_size}: shorten --prompt")

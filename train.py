@@ -90,6 +90,9 @@ def is_text(path: Path) -> bool:
         return False
 
 
+CONTROLS = "\x1c\x1d\x1e\x1f"  # white space to Python, but not to the pattern of GPT-2's tokenizer
+
+
 def read_chunks(path: Path, size: int = 1 << 22) -> Iterator[str]:
     """A text file in pieces of about `size` characters, so that a large one is never in memory whole.
 
@@ -102,7 +105,7 @@ def read_chunks(path: Path, size: int = 1 << 22) -> Iterator[str]:
             while block := f.read(size):
                 rest += block
                 cut = max(rest.rfind("\n"), rest.rfind(" "))
-                while cut > 0 and rest[cut - 1].isspace():
+                while cut > 0 and rest[cut - 1].isspace() and rest[cut - 1] not in CONTROLS:
                     cut -= 1
                 if cut > 0:
                     yield rest[:cut]
@@ -116,7 +119,7 @@ def read_chunks(path: Path, size: int = 1 << 22) -> Iterator[str]:
 
 
 def encode_files(files: list[Path], tokenizer: tiktoken.Encoding, target: Path) -> None:
-    """Writes the files' tokens to `target` as uint16, a <|endoftext|> after each, a few pieces at a time on all cores."""
+    """Writes the files' tokens to `target` as uint16, a <|endoftext|> after each; the pieces of a large file on all cores."""
     cores = os.cpu_count() or 1
 
     def flush(pieces):
@@ -184,7 +187,9 @@ def load_corpus(data: str, tokenizer_name: str, out: Path, block_size: int) -> t
 # Tokens -> batches
 
 
-def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def take_windows(
+    tokens: np.ndarray, offsets: Tensor, block_size: int, vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, T] int64, the windows that start at offsets [B]. Exits on a token outside the vocabulary."""
     windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
     if windows.max() >= vocab_size:
@@ -202,7 +207,7 @@ def draw_offsets(length: int, rows: int, block_size: int, seed: int, step: int) 
 
     So a resumed run sees the batches it would have seen, and any number of processes share out the same ones.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)  # far apart: two seeds share no step
     return torch.randint(length - block_size, (rows,), generator=generator)
 
 
@@ -223,7 +228,7 @@ def evaluate(
     device = model.lm_head.weight.device
     last = len(tokens) - config.block_size - 1
     offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()
-    total, executed = 0.0, [{} for _ in range(config.n_layer)]
+    total, counts = 0.0, [{} for _ in range(config.n_layer)]
     batch_size = max(1, min(batch_size, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
     for chunk in offsets.split(batch_size):
         x, y = take_windows(tokens, chunk, config.block_size, config.vocab_size, device)
@@ -232,8 +237,8 @@ def evaluate(
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item() / config.block_size
         for layer, m in enumerate(measured):
             for name in m.keys() - {"penalty"}:
-                executed[layer].setdefault(name, []).append(m[name].sum(-1).flatten().cpu())  # [B*T]
-    return total / len(offsets), [{name: torch.cat(parts) for name, parts in layer.items()} for layer in executed]
+                counts[layer].setdefault(name, []).append(m[name].sum(-1).flatten().cpu())  # [B*T]
+    return total / len(offsets), [{name: torch.cat(parts) for name, parts in layer.items()} for layer in counts]
 
 
 @torch.no_grad()
@@ -264,7 +269,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         sys.exit(f"cannot write {path}: {reason}; what was there before is untouched")
     finally:
         with contextlib.suppress(OSError):
@@ -275,6 +280,20 @@ def save_checkpoint(path: Path, model: GPT, **rest) -> None:
     """Weights, config and `rest` (plain numbers, strings, tensors and dicts of them) in one file, written atomically."""
     with atomic_write(path) as f:
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
+
+
+def keep_previous(folder: Path) -> None:
+    """Gives an earlier run's ckpt.pt a second name, ckpt-previous.pt, before it loses the first. Exits on failure."""
+    path, previous = folder / "ckpt.pt", folder / "ckpt-previous.pt"
+    try:
+        previous.unlink(missing_ok=True)
+        try:
+            previous.hardlink_to(path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, previous)
+    except OSError as error:
+        sys.exit(f"cannot keep {path} as {previous}: {error.strerror}; it is untouched, choose another --out")
+    print(f"the checkpoint that was in {folder} stays as {previous}")
 
 
 def load_checkpoint(path: str | Path, name: str = "ckpt.pt") -> dict:
@@ -410,7 +429,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no_bias", action="store_true", help="leave biases out, when starting from scratch")
     add("--activation", choices=ACTIVATIONS, default=None, help="(default: relu, or the checkpoint's; another one than the checkpoint's is ReLUfication and the like)")
     add("--penalty", choices=("hoyer", "l1", "none"), default="hoyer", help="on feed-forward activations (default: %(default)s)")
-    add("--alpha", type=float, default=1e-3, help="weight of the penalty, reached by a linear ramp at half of the steps (default: %(default)s)")
+    add("--alpha", type=float, default=1e-3, help="weight of the penalty, reached by a linear ramp at half of the steps; the paper's GPT-2 takes L1 with 5e-4 for ReLU, 5e-5 for GELU (default: %(default)s)")
     add("--steps", type=int, default=1500, help="optimizer steps (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="sequences that a process computes at once (default: %(default)s)")
     add("--grad_accum", type=int, default=1, help="batches a step, shared out among the processes of torchrun (default: %(default)s)")
@@ -428,6 +447,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.init == "resume":  # the run's own settings, save what this command line says otherwise
         settings = load_checkpoint(args.out).get("settings", {})
+        settings = settings if isinstance(settings, dict) else {}
         parser.set_defaults(**{k: v for k, v in settings.items() if k not in ("out", "init", "preset") and hasattr(args, k)})
         args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_windows"):
@@ -457,7 +477,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         return device
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+        sys.exit(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0] or type(error).__name__}")
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -526,6 +546,8 @@ def initial_model(args: argparse.Namespace) -> tuple[GPT, dict]:
     model, checkpoint = load_initial(str(args.out) if args.init == "resume" else args.init)
     if model.config.num_experts or model.config.attention_experts:
         sys.exit(f"--init {args.init} is a converted model: training starts from a dense one")
+    if args.init == "resume" and args.block_size not in (None, model.config.block_size):  # the optimizer's moments have its shape
+        sys.exit(f"--init resume keeps the context of {model.config.block_size}: for another one use --init {args.out}/ckpt.pt")
     if args.block_size is not None and args.block_size > model.config.block_size:
         sys.exit(f"--block_size {args.block_size} is longer than the checkpoint's {model.config.block_size}")
     # The same weights under a config that may train another activation, penalty or a shorter context.
@@ -580,7 +602,7 @@ def main(argv: list[str] | None = None) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def batches(step: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's share of a step's sequences, in pieces of at most batch_size: the pieces that one process would make."""
+        """This process's share of a step's sequences, in pieces of at most batch_size."""
         offsets = draw_offsets(len(train_tokens), rows, config.block_size, args.seed, step).chunk(world)[rank]
         return [take_windows(train_tokens, o, config.block_size, config.vocab_size, device) for o in offsets.split(args.batch_size)]
 
@@ -588,17 +610,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(step: int) -> None:
         nonlocal replaces
-        if replaces:  # an earlier run's checkpoint: a second name for it, since the first is about to be given away
-            replaces, previous = False, args.out / "ckpt-previous.pt"
-            try:
-                previous.unlink(missing_ok=True)
-                try:
-                    previous.hardlink_to(args.out / "ckpt.pt")
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(args.out / "ckpt.pt", previous)
-            except OSError as error:
-                sys.exit(f"cannot keep {args.out}/ckpt.pt as {previous}: {error.strerror}; it is untouched, choose another --out")
-            print(f"the checkpoint that was in {args.out} stays as {previous}")
+        if replaces:
+            keep_previous(args.out)
+            replaces = False
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         settings = {k: v for k, v in vars(args).items() if k != "out"}
         save_checkpoint(
