@@ -421,14 +421,12 @@ def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: in
     a token executes, block by block. An oracle is drawn at what a perfect router of the same size would cost. Without
     matplotlib one line says so."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("matplotlib is not installed, so no picture: pip install matplotlib draws cost_vs_loss.png")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     colors = {}  # one a conversion; how it chooses experts is told by the kind of line
     for file in sorted(path.parent.absolute().parent.glob("*/cost_vs_loss.csv")):
         rows = [row for row in read_points(file) if row["text"] == text]

@@ -1181,7 +1181,7 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, capsys, monke
         assert (trained / "picture.png").read_bytes()[:4] == b"\x89PNG"
     except ImportError:
         assert not (trained / "picture.png").exists()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python keeps there for a module that cannot be imported
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # what Python keeps there for a module that cannot be imported
     convert.draw(trained / "none.png", text, counts, 8, Gate(dynamic_k, 0.9))
     assert "matplotlib is not installed" in capsys.readouterr().out and not (trained / "none.png").exists()
 
