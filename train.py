@@ -71,7 +71,7 @@ def text_files(data: str) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        sys.exit(f"--data {data}: no such file or folder")
+        sys.exit(f"--data {data}: no such file or folder; if the name came from a checkpoint, say by --data where the text is now")
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
@@ -698,6 +698,8 @@ def main(argv: list[str] | None = None) -> None:
     for s, handler in handlers.items():
         signal.signal(s, handler)
     status = 128 + (stop[0] if stop else signal.SIGTERM) if stopping else 0
+    if master and done == args.steps:
+        print(f"\nwrote {args.out}/ckpt.pt; now: python convert.py --ckpt {args.out}")
     end_processes(world, status)
     if status:
         sys.exit(status)
