@@ -392,11 +392,11 @@ def read_points(path: Path) -> list[dict[str, str | float]]:
     """The rows of a cost_vs_loss.csv, numbers as floats. Rows that are not ours are passed over; none if it is missing."""
     points = []
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8", errors="replace") as f:  # a damaged byte costs one row
             for row in csv.DictReader(f):
                 with contextlib.suppress(KeyError, TypeError, ValueError):
                     points.append({name: float(row[name]) if name in COLUMNS[2:7] else row[name] for name in COLUMNS})
-    except (OSError, ValueError, csv.Error):
+    except (OSError, csv.Error):
         pass
     return [point for point in points if None not in point.values()]
 

@@ -1153,8 +1153,8 @@ def test_no_point_of_another_conversion_is_lost(tmp_path):
     path = tmp_path / "c.csv"
     point = {"recipe": "a", "rule": "top_k", "value": 1.0, "executed": 0.5, "flops": 0.75, "loss": 2.0, "dense_loss": 1.5, "text": "t"}
     convert.write_points(path, [point])
-    with open(path, "a") as f:
-        f.write("b,top_k,1,oops,1,2,2,t\nb,top_k\n")  # rows that are no points
+    with open(path, "ab") as f:
+        f.write(b"b,top_k,1,oops,1,2,2,t\nb,top_k\nb,top_k,\xff,1,1,2,2,t\n")  # rows that are no points
     convert.write_points(path, [point | {"recipe": "c"}])
     assert convert.read_points(path) == [point, point | {"recipe": "c"}]
     path.write_text("somebody's,notes\n")

@@ -256,6 +256,11 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
 # Checkpoints
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or the error's name where it has none"""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under its name only when it is complete. Exits, leaving an old file as it was, on failure."""
@@ -269,7 +274,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        reason = getattr(cause, "strerror", None) or first_line(error)
         sys.exit(f"cannot write {path}: {reason}; what was there before is untouched")
     finally:
         with contextlib.suppress(OSError):
@@ -318,7 +323,7 @@ def load_checkpoint(path: str | Path, name: str = "ckpt.pt") -> dict:
         if not isinstance(checkpoint, dict):
             raise ValueError("it holds no dict")
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         sys.exit(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason[:200]})")
     return checkpoint
 
@@ -382,8 +387,7 @@ def load_initial(init: str) -> tuple[GPT, dict]:
         try:  # one cache file a model: every repository calls its file pytorch_model.bin
             checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{init}.bin", weights_only=True)
         except Exception as error:  # the network's many errors, or a file that is no state dict
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            sys.exit(f"cannot load {url} ({reason}): connect to the internet, or download it and give its path instead")
+            sys.exit(f"cannot load {url} ({first_line(error)}): connect to the internet, or download it and give its path instead")
     else:
         checkpoint = load_checkpoint(local_path(init))
     return build_model(checkpoint, init), checkpoint
@@ -476,8 +480,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
         return device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        sys.exit(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0] or type(error).__name__}")
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(f"--device {name} cannot be used here: {first_line(error)}")
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
