@@ -1,116 +1,137 @@
 """Converts a trained dense model to a dynamic-k mixture of experts: the second half of D2DMoE.
 
-    python convert.py --ckpt out/                              the paper's recipe
-    python convert.py --ckpt out/ --split coactivation --router_target sqrt --router_width 64    fewer experts, same loss
-    python convert.py --ckpt out/ --attention                  the attention projections too
-    python convert.py --ckpt out_none/ --baseline moefication  what the paper compares itself with
+    python convert.py --ckpt out/                                  the paper's recipe
+    python convert.py --ckpt out/ --out better/ --recipe better    fewer experts at the same loss
+    python convert.py --ckpt out/ --out attention/ --attention     the attention projections too
+    python convert.py --ckpt out/ --eval --taus 0.5 0.85           another table for the same conversion: no training
 
-1. With --attention: train a two-layer MLP to imitate each attention projection, then all of them to predict as one model.
-2. Cut every two-layer MLP into experts of equal size: balanced k-means on its neurons.
-3. Train a router for each to predict the norms of its experts' outputs. Nothing else changes.
+It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
+cost_vs_loss.csv and, where matplotlib is installed, cost_vs_loss.png.
+
+The recipe, in the order of this file and of main:
+1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
+2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
+3. With --attention, before 1: train two-layer MLPs to imitate the attention projections; then they are split like the rest.
 4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
 """
 
 import argparse
 import contextlib
 import csv
-import dataclasses
 import io
+import json
 import math
-import sys
-import tempfile
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, MLP, Block, DynamicKMoE, Gate, GPTConfig, dynamic_k, executed_share, expert_norms, flops_per_token, square_hoyer, top_k,
+    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, atomic_write, build_model, dynamic_k, flops_per_token, keep_previous,
+    load_checkpoint, save_checkpoint, top_k,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    GPT2_REPOS, N_VOCAB, add_shared_arguments, atomic_write, check_seed, choose_tokenizer, draw_offsets, end_processes, evaluate,
-    learning_rate, load_corpus, load_initial, local_path, pick_device, rank_zero_first, save_checkpoint, start_processes, take_windows,
+    Batches, Parser, add_system_options, check_memory, claim, evaluate, fingerprint, learning_rate, number, open_tokens,
+    pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Balanced k-means, as in MoEfication and the paper
+# 1. Split (section 3.2 of the paper; as in MoEfication)
+
+
+def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> Tensor:
+    """Clusters points [n, f] into k groups of exactly n / k points, so that all experts have one shape and one cost.
+
+    k-means with one change: in each iteration points are assigned not each to its nearest center, but so that the sum
+    of squared distances is smallest among the assignments that fill every cluster exactly.
+    -> assignment [n] int64. Raises ValueError if k does not divide n.
+    """
+    n = len(points)
+    if k < 1 or n % k:
+        raise ValueError(f"{n} neurons do not divide into {k} experts of equal size")
+    points = points.detach().float().cpu()
+    centers = spread_centers(points, k, torch.Generator().manual_seed(seed))  # [k, f]
+    prices, squares, best, assignment = torch.zeros(k), math.inf, math.inf, None
+    for _ in range(iterations):
+        score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2, up to a constant per point
+        # epsilon trades accuracy for speed: an approximate assignment will do while the centers move. The lower bounds
+        # keep it above float32 rounding, or identical points could outbid each other forever.
+        epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
+        candidate = assign_balanced(score, prices, epsilon)  # [n]
+        centers = torch.zeros_like(centers).index_add_(0, candidate, points) / (n // k)
+        previous, squares = squares, (points - centers[candidate]).square().sum().item()
+        if squares < best:
+            best, assignment = squares, candidate
+        if squares > previous * (1 - 1e-4):
+            break
+    return assignment
+
+
+def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: int = 8) -> Tensor:
+    """k of the points [n, f] as first centers [k, f], far from each other (k-means++, greedy: of some candidates, each drawn
+    with probability proportional to its squared distance from the centers so far, the one that lowers the sum most)."""
+    squared = points.square().sum(1)  # [n]
+    first = torch.randint(len(points), (1,), generator=generator)
+    chosen = [first.item()]
+    distance = (squared + squared[first] - 2 * points @ points[first[0]]).clamp(min=0)  # [n], squared, to the nearest center
+    for _ in range(k - 1):
+        candidates = torch.multinomial(distance + 1e-12, min(tries, len(points)), generator=generator)  # [tries]
+        to_each = (squared + squared[candidates, None] - 2 * points[candidates] @ points.t()).clamp(min=0)  # [tries, n]
+        nearest = torch.minimum(to_each, distance)  # [tries, n]
+        best = nearest.sum(1).argmin()
+        chosen.append(candidates[best].item())
+        distance = nearest[best]
+    return points[chosen]
 
 
 def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
-    """Assigns n points to k clusters, exactly n/k to each, so that the sum of scores is within n * epsilon of the largest.
+    """Assigns n points to k clusters, exactly n / k to each, with a sum of scores within n * epsilon of the largest.
 
-    Bertsekas' auction: every free point bids for its best cluster what makes the second best as good; a cluster keeps
-    the highest bids and its price becomes the lowest of them. score [n, k], prices [k] (updated in place: they start the
-    next call well) -> assignment [n] int64.
+    The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price; it
+    offers what makes its second choice as good, plus epsilon. A cluster keeps its h highest bidders, and its price
+    becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next call)
+    -> assignment [n] int64.
     """
-    n, k = score.shape
-    h = n // k
+    (n, k), h = score.shape, score.shape[0] // score.shape[1]
     if k == 1:
         return torch.zeros(n, dtype=torch.long)
-    cluster = torch.full((n,), -1)
-    bid = torch.zeros(n)
+    cluster, bid = torch.full((n,), -1), torch.zeros(n)  # [n] each; -1: unassigned
     while len(free := (cluster < 0).nonzero().flatten()):
         value, choice = (score[free] - prices).topk(2, dim=1)  # [free, 2]
         cluster[free] = choice[:, 0]
         bid[free] = prices[choice[:, 0]] + value[:, 0] - value[:, 1] + epsilon
-        order = bid.argsort(descending=True)
-        order = order[cluster[order].argsort(stable=True)]  # by cluster, and in a cluster from the highest bid down
+        order = bid.argsort(descending=True)  # [n]
+        order = order[cluster[order].argsort(stable=True)]  # [n], cluster by cluster, each from its highest bid down
         count = torch.bincount(cluster, minlength=k)  # [k]
-        start = count.cumsum(0) - count  # [k]
-        rank = torch.arange(n) - start[cluster[order]]  # of each point within its cluster
+        start = count.cumsum(0) - count  # [k], where each cluster begins in order
+        rank = torch.arange(n) - start[cluster[order]]  # [n], place of each point within its cluster
         cluster[order[rank >= h]] = -1  # outbid
         full = (count >= h).nonzero().flatten()
-        prices[full] = torch.maximum(prices[full], bid[order[start[full] + h - 1]])
+        prices[full] = torch.maximum(prices[full], bid[order[start[full] + h - 1]])  # the h-th highest bid
     return cluster
 
 
-def balanced_kmeans(points: Tensor, k: int, seed: int, restarts: int = 3, iterations: int = 30) -> Tensor:
-    """Clusters points [n, f] into k groups of exactly n/k; the best of some restarts by the within-cluster sum of squares.
-
-    -> assignment [n] int64. Raises ValueError if k does not divide n.
-    """
-    n = len(points)
-    if n % k:
-        raise ValueError(f"{n} neurons do not divide into {k} experts of equal size")
-    points = points.detach().float().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    best, best_squares = None, math.inf
-    for _ in range(restarts):
-        centers = points[torch.randperm(n, generator=generator)[:k]]  # [k, f]
-        prices, squares = torch.zeros(k), math.inf
-        for _ in range(iterations):
-            score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2 but for |p|^2
-            # A tenth of the spread, for an assignment need not be exact while the centers still move; but at least some
-            # roundings of a float32, or equal points would outbid each other for ever.
-            epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
-            assignment = assign_balanced(score, prices, epsilon)
-            centers = torch.zeros_like(centers).index_add_(0, assignment, points) / (n // k)
-            previous, squares = squares, (points - centers[assignment]).square().sum().item()
-            if squares < best_squares:
-                best, best_squares = assignment, squares
-            if squares > previous * (1 - 1e-4):
-                break
-    return best
-
-
 def weight_features(mlp: MLP) -> Tensor:
-    """Neurons by what they react to: the rows of W1 at unit length (the paper's). -> [d_ff, d]"""
+    """Neurons by what they react to, the paper's choice: the rows of W1 at unit length. -> [d_ff, d]"""
     return F.normalize(mlp.c_fc.weight)
 
 
 def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
-    """Neurons by when they fire: their |activation| for each of the tokens x [N, d], at unit length, so that a dot product
-    is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
-    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff], where the clustering runs
-    with torch.random.fork_rng(devices=[]):  # its random start is the same in every call, and costs no other draw its place
+    """Neurons by when they fire: their |activations| on tokens x [N, d], at unit length, so that a dot product is a cosine
+    similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
+    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff]
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: here alike in every call, leaving the global state
         torch.default_generator.manual_seed(0)
         u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
     return u * s
@@ -118,7 +139,14 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
 
 @torch.no_grad()
 def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
-    """Copies an MLP's neurons into experts: neuron i goes to expert assignment[i]. The sum of all experts is the MLP."""
+    """Copies an MLP's neurons into experts: neuron i goes to expert assignment[i], of [d_ff].
+
+    Permuting neurons is free: with any permutation P, W2 P^T act(P W1 x + P b1) + b2 is the same layer, so the sum of all
+    experts is the MLP. Raises ValueError if the sizes do not fit.
+    """
+    E, h, _ = moe.w1.shape
+    if len(assignment) != len(mlp.c_fc.weight) or torch.bincount(assignment, minlength=E).tolist() != [h] * E:
+        raise ValueError(f"an assignment must give each of {E} experts {h} of the {len(mlp.c_fc.weight)} neurons")
     order = assignment.argsort(stable=True).to(moe.w1.device)  # [d_ff], expert by expert
     moe.w1.copy_(mlp.c_fc.weight[order].view_as(moe.w1))  # [d_ff, d] -> [E, h, d]
     moe.w2.copy_(mlp.c_proj.weight.t()[order].view_as(moe.w2))  # [d, d_ff] -> [d_ff, d] -> [E, h, d]
@@ -127,238 +155,258 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
         moe.b2.copy_(mlp.c_proj.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One training loop, for projections and for routers
+@torch.no_grad()
+def split_model(dense: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
+    """Fills the experts of `moe` from the MLPs of `dense`; its routers stay as they were drawn.
 
-
-def fit(
-    parameters: list[Tensor], loss_of: Callable, config: GPTConfig, tokens: np.ndarray, steps: int, lr: float, rows: int,
-    seed: int, label: str,
-) -> None:  # fmt: skip
-    """Trains `parameters` by Adam with a cosine schedule. Exits if the loss is not finite.
-
-    loss_of(x, progress): x [B, T] is a batch of `rows` contexts, progress runs from 0 to 1. Layers that do not touch each
-    other may share a call: Adam does not care for a loss's scale, so the sum of their losses trains each as if it were
-    alone. Under torchrun each process takes its share of the rows.
+    sample: tokens [B, T] on which to see which neurons fire together; None: neurons are grouped by their weights.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = parameters[0].device
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    moe.load_state_dict(dense.state_dict(), strict=False)  # all that is not split keeps its name
+    inputs: list[Tensor] = []
+    if sample is not None:
+        dense.hidden(sample, inputs=inputs)
     clock = time.perf_counter()
+    for i, (mlp, layer) in enumerate(zip(dense.layers(), moe.layers(), strict=True)):
+        features = coactivation_features(mlp, inputs[i].flatten(0, 1)) if inputs else weight_features(mlp)
+        split_mlp(mlp, layer, balanced_kmeans(features, len(layer.w1), seed))
+        if time.perf_counter() - clock > 5:
+            clock = time.perf_counter()
+            say(f"split {i + 1} of {len(moe.layers())} layers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Routers (section 3.3), and the one training loop of this file
+
+
+def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batches, lr: float, label: str) -> None:
+    """Trains `parameters` with AdamW, a cosine schedule and a short warm-up; loss_of(x, y, progress) -> scalar, for tokens x
+    and their successors y, both [B, T], while progress runs from 0 to 1. Raises ValueError if the loss is not finite.
+
+    Several independent layers can be trained in one call by summing their losses: their gradients do not interact, and
+    Adam is (up to its epsilon) invariant to the scale of a loss.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
-        offsets = draw_offsets(len(tokens), rows, config.block_size, seed, step).chunk(world)[rank]
-        x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
-        loss = loss_of(x, step / steps)
+        [(x, y)] = batches[step]
+        loss = loss_of(x, y, step / steps)
         loss.backward()
         state = loss.detach().clone()
-        if world > 1:
+        if batches.world > 1:  # the mean over processes
             for t in (state, *(p.grad for p in parameters)):
                 dist.all_reduce(t)
-                t /= world
+                t /= batches.world
         if not math.isfinite(state.item()):
-            sys.exit(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr")
+            raise ValueError(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if rank == 0 and (step + 1) % max(1, steps // 5) == 0:
-            left = (time.perf_counter() - clock) / (step + 1) * (steps - step - 1)
-            print(f"{label}: step {step + 1:5d} of {steps}, loss {state.item():.5f}, {left:.0f} s left", flush=True)
+        now = time.perf_counter()
+        if now - told > 8 or step == steps - 1:
+            told = now
+            left = (now - start) / (step + 1) * (steps - step - 1)
+            say(f"{label}: step {step + 1:5d} of {steps}, loss {state.item():.5f}, {left:.0f} s left")
 
 
-PROJECTIONS = ("q", "k", "v", "o")
-INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "mlp": "mlp"}  # which of a block's inputs each layer reads
+def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
+    """Mean squared error between the router's prediction and the true ||W2_e act(W1_e x + b1_e)|| ** power, for tokens
+    x [N, d]; a scalar. Only the router gets gradients."""
+    with torch.no_grad():
+        norms = layer.expert_norms(x)  # [N, E]
+    return F.mse_loss(layer.router.powered_norms(x), norms**layer.router.power)
 
 
-def projection_loss(student: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
-    """How far a two-layer MLP is from the linear projection that it replaces: the mean squared error relative to the
-    target's variance, plus weight * the sparsity penalty. x, target [..., d] -> scalar"""
-    y, penalty = student(x)
+def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
+    """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's ReLU activations, divided
+    by the largest such sum of the whole batch (as in both published codes), for tokens x [N, d]; a scalar."""
+    with torch.no_grad():
+        mass = layer.activations(x).clamp(min=0).sum(-1)  # [N, E, h] -> [N, E]
+        largest = mass.max()
+        if dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return F.binary_cross_entropy_with_logits(layer.router.logits(x), mass / largest.clamp(min=1e-9))
+
+
+def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
+    """Trains all routers at once, on what their layers read when every expert runs."""
+    layers = moe.layers()
+
+    def loss_of(x, y, progress):
+        inputs: list[Tensor] = []
+        with torch.no_grad():
+            moe.hidden(x, inputs=inputs)
+        total = torch.zeros((), device=x.device)
+        for layer, read in zip(layers, inputs, strict=True):
+            baseline = hasattr(layer.router, "logits")
+            total = total + (moefication_loss if baseline else router_loss)(layer, read.flatten(0, 1))  # [B, T, d] -> [N, d]
+        return total
+
+    parameters = [p.requires_grad_() for layer in layers for p in layer.router.parameters()]
+    fit(parameters, loss_of, batches, lr, "routers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Attention projections as MLPs (section 3.5)
+
+
+@torch.no_grad()
+def projection_examples(dense: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each attention projection of the dense model reads and returns on idx [B, T]: pairs of [B, T, d], q, k, v and o
+    of each block."""
+    x = dense.transformer.wte(idx) + dense.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))  # [B, T, d]
+    examples = []
+    for block in dense.transformer.h:
+        read = block.ln_1(x)  # [B, T, d]
+        q, k, v = block.attn.c_attn(read).split(x.shape[-1], dim=-1)  # [B, T, 3d] -> three of [B, T, d]
+        mixed = block.attn.attend(q, k, v)  # [B, T, d]
+        o = block.attn.c_proj(mixed)  # [B, T, d]
+        examples += [(read, q), (read, k), (read, v), (mixed, o)]
+        x = x + o
+        x = x + block.mlp(block.ln_2(x))[0]
+    return examples
+
+
+def projection_loss(mlp: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
+    """How far a projection MLP is from the linear layer it replaces: mean squared error over the target's variance, plus
+    weight * the sparsity penalty. x, target [..., d] -> scalar"""
+    y, penalty = mlp(x)
     return F.mse_loss(y, target) / target.var() + weight * penalty
 
 
-def distill_projections(
-    dense: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float
-) -> list[dict[str, MLP]]:  # fmt: skip
-    """For each block the MLPs that imitate its Q, K, V and output projections on the dense model's own activations."""
-    config, device = dense.config, dense.lm_head.weight.device
-    students = [
-        {name: MLP(config.n_embd, config.projection_width, "relu", "hoyer").to(device) for name in PROJECTIONS}
-        for _ in range(config.n_layer)
-    ]
+def divergence(dense: GPT, hidden: Tensor, idx: Tensor) -> Tensor:
+    """Mean over tokens of KL(dense's next-token distribution || that of the states `hidden` [B, T, d]); a scalar. One
+    sequence at a time, recomputed in the backward pass: a batch of GPT-2's logits would take gigabytes."""
+    with torch.no_grad():
+        targets, _ = dense.hidden(idx)  # [B, T, d]
 
-    def loss_of(x, progress):
-        with torch.no_grad():
-            _, _, inputs = dense.hidden(x)
-        total = 0.0
-        for block, read, student in zip(dense.transformer.h, inputs, students, strict=True):
-            with torch.no_grad():
-                targets = (*block.attn.c_attn(read["qkv"]).split(config.n_embd, dim=-1), block.attn.c_proj(read["o"]))
-            for name, target in zip(PROJECTIONS, targets, strict=True):
-                total = total + projection_loss(student[name], read[INPUT_OF[name]], target, weight * progress)
-        return total
-
-    parameters = [p for block_students in students for mlp in block_students.values() for p in mlp.parameters()]
-    fit(parameters, loss_of, config, tokens, steps, lr, rows, seed, "projections")
-    return students
-
-
-def tune_projections(
-    dense: GPT, students: list[dict[str, MLP]], tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int, weight: float
-) -> None:  # fmt: skip
-    """Trains all students once more, together and in place, so that their errors make up for each other: the model with all
-    of them in it is to predict what the dense one predicts. Loss: the KL divergence of the next token's distributions plus
-    weight * the sparsity penalty of every student."""
-    config = dataclasses.replace(dense.config, attention_experts=1, attention_router_width=1)  # one expert: an MLP
-    model = GPT(config).to(dense.lm_head.weight.device).requires_grad_(False)
-    model.load_state_dict(dense.state_dict(), strict=False)
-    pairs = []  # of a student and its place in the model
-    for block, student in zip(model.transformer.h, students, strict=True):
-        pairs += [(student[name], getattr(block.attn, name)) for name in PROJECTIONS]
-    for mlp, layer in pairs:
-        split_mlp(mlp, layer, torch.zeros(config.projection_width, dtype=torch.long))
-
-    def divergence(y, target):  # of one context, y and target [T, d]
+    def of_sequence(y, target):  # [T, d] each
         target, predicted = (dense.lm_head(t).log_softmax(-1) for t in (target, y))  # [T, V]
         return F.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
-    def loss_of(x, progress):
-        with torch.no_grad():
-            targets, _, _ = dense.hidden(x)  # [B, T, d]
-        y, _, inputs = model.hidden(x)  # [B, T, d]
-        # One context at a time, and again in the backward: the logits of a batch of GPT-2's would fill gigabytes.
-        recompute = partial(torch.utils.checkpoint.checkpoint, divergence, use_reentrant=False)
-        kl = torch.stack([recompute(*context) for context in zip(y, targets, strict=True)]).mean()
-        penalty = 0.0
-        for block, read in zip(model.transformer.h, inputs, strict=True):
-            for name in PROJECTIONS:
-                a = getattr(block.attn, name).activations(read[INPUT_OF[name]].flatten(0, 1))  # [N, 1, m]
-                penalty = penalty + square_hoyer(a).mean()
-        return kl + weight * penalty
-
-    parameters = [p.requires_grad_() for _, layer in pairs for p in (layer.w1, layer.b1, layer.w2, layer.b2)]
-    fit(parameters, loss_of, config, tokens, steps, lr, rows, seed, "projections together")
-    with torch.no_grad():
-        for mlp, layer in pairs:
-            mlp.c_fc.weight.copy_(layer.w1[0])  # [1, m, d] -> [m, d]
-            mlp.c_fc.bias.copy_(layer.b1[0])  # [1, m] -> [m]
-            mlp.c_proj.weight.copy_(layer.w2[0].t())  # [1, m, d] -> [d, m]
-            mlp.c_proj.bias.copy_(layer.b2)
+    recompute = partial(torch.utils.checkpoint.checkpoint, of_sequence, use_reentrant=False)
+    return torch.stack([recompute(y, target) for y, target in zip(hidden, targets, strict=True)]).mean()
 
 
-def expert_layers(block: Block) -> dict[str, DynamicKMoE]:
-    """The converted layers of a block by name: mlp, and q, k, v, o if its attention is converted."""
-    layers = {"mlp": block.mlp}
-    if block.attn.converted:
-        layers |= {name: getattr(block.attn, name) for name in PROJECTIONS}
-    return layers
+def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float) -> GPT:
+    """The dense model with a projection MLP in place of each attention projection.
 
-
-def router_loss(moe: DynamicKMoE, x: Tensor) -> Tensor:
-    """What a router is trained on, for tokens x [N, d]; scalar.
-
-    norm: mean squared error against || a_e W2_e ||, equation (4). sqrt: the same between square roots, because
-    the rule looks at norms relative to the largest and plain squares are blind to the small ones. share: MoEfication's
-    binary cross-entropy against each expert's sum of positive activations over the token's largest such sum.
+    First each MLP by itself imitates its layer, as in the paper; the weight of the penalty grows to the paper's 1e-3.
+    Then all of them jointly match the dense model's predictions, so that they compensate each other's errors. The
+    KL divergence is far below 1, hence the lower penalty weight; the MLPs are trained already, hence the lower rate.
     """
-    with torch.no_grad():
-        a = moe.activations(x)  # [N, E, h]
-        if moe.router.target == "share":
-            mass = a.clamp(min=0).sum(-1)  # [N, E]
-            target = mass / mass.amax(-1, keepdim=True).clamp(min=1e-9)
-        else:
-            target = expert_norms(a, moe.w2)  # [N, E]
-    raw = moe.router.raw(x)  # [N, E]
-    if moe.router.target == "share":
-        return F.binary_cross_entropy_with_logits(raw, target)
-    return F.mse_loss(raw.abs(), target.sqrt() if moe.router.target == "sqrt" else target)
+    model = GPT(replace(dense.config, projections="mlp")).to(dense.lm_head.weight.device).requires_grad_(False)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]
+    parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
+    def loss_alone(x, y, progress):
+        examples = zip(projections, projection_examples(dense, x), strict=True)
+        return torch.stack([projection_loss(mlp, read, target, 1e-3 * progress) for mlp, (read, target) in examples]).sum()
 
-def train_routers(moe: GPT, tokens: np.ndarray, steps: int, lr: float, rows: int, seed: int) -> None:
-    """Trains all routers of a converted model at once, on the forward in which every expert runs."""
-    layers = [expert_layers(block) for block in moe.transformer.h]
+    def loss_together(x, y, progress):
+        hidden, aux = model.hidden(x)
+        penalties = [a for layer, a in zip(model.layers(), aux, strict=True) if layer in projections]
+        return divergence(dense, hidden, x) + 1e-4 * torch.stack(penalties).sum()
 
-    def loss_of(x, progress):
-        with torch.no_grad():
-            _, _, inputs = moe.hidden(x)
-        return sum(
-            router_loss(layer, read[INPUT_OF[name]].flatten(0, 1))  # [B, T, d] -> [N, d]
-            for block_layers, read in zip(layers, inputs, strict=True)
-            for name, layer in block_layers.items()
-        )
-
-    routers = [layer.router for block_layers in layers for layer in block_layers.values()]
-    fit([p for r in routers for p in r.parameters()], loss_of, moe.config, tokens, steps, lr, rows, seed, "routers")
-
-
-def split_model(dense: GPT, moe: GPT, students: list[dict[str, MLP]] | None, sample: Tensor | None, seed: int) -> None:
-    """Fills the experts of `moe` from the dense model (and the projections' students); routers stay as they were drawn.
-
-    sample [B, T]: tokens on which to look for neurons that fire together; None: neurons with similar weights.
-    """
-    moe.load_state_dict(dense.state_dict(), strict=False)  # all but what is split keeps its name
-    inputs = dense.hidden(sample)[2] if sample is not None else None
-    for i, (block, target) in enumerate(zip(dense.transformer.h, moe.transformer.h, strict=True)):
-        mlps = {"mlp": block.mlp} | (students[i] if students else {})
-        for name, layer in expert_layers(target).items():
-            mlp = mlps[name]
-            features = coactivation_features(mlp, inputs[i][INPUT_OF[name]].flatten(0, 1)) if inputs else weight_features(mlp)
-            split_mlp(mlp, layer, balanced_kmeans(features, len(layer.w1), seed))
+    fit(parameters, loss_alone, alone, lr, "projections")
+    fit(parameters, loss_together, together, lr / 2, "projections jointly")
+    return model.requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cost against loss
+# 4. Cost against loss
 
-EVAL_BATCH = 16  # contexts evaluated at once: small, for with experts the activations of a large batch leave a CPU's cache
+EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations stay in a CPU's cache
 
 
 def top_share(norms: Tensor, share: float) -> Tensor:
-    """top_k for the number of experts that is `share` of E, rounded up so that top-k is never given less."""
+    """top_k with k = share of E, rounded up, in favour of top-k."""
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
-def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-    """Executed share of all experts, FLOPs a token relative to dense, and loss, under a gate; and the counts a token."""
+class Oracle(nn.Module):
+    """A router that cheats: it returns the true norms, at the price of running every expert. No router can do better."""
+
+    def __init__(self, layer: DynamicKMoE):
+        super().__init__()
+        self.true_norms = layer.expert_norms
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.true_norms(x)
+
+
+@contextlib.contextmanager
+def oracles(moe: GPT):
+    """Inside, every layer's router is an Oracle."""
+    routers = [layer.router for layer in moe.layers()]
+    for layer in moe.layers():
+        layer.router = Oracle(layer)
+    try:
+        yield
+    finally:
+        for layer, router in zip(moe.layers(), routers, strict=True):
+            layer.router = router
+
+
+def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> dict[str, float]:
+    """Executed share of all experts, FLOPs per token relative to dense, and loss, under a gate."""
     config = moe.config
     loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
-    means = [{name: c.float().mean().item() for name, c in layer.items()} for layer in counts]
+    means = [c.float().mean().item() for c in counts]  # per layer
     context = (config.block_size + 1) / 2  # what a token attends to, on average over a window
-    return {
-        "value": gate.value,
-        "executed": executed_share(config, means),
-        "flops": flops_per_token(config, context, means) / flops_per_token(config, context),
-        "loss": loss,
-    }, counts
+    flops = flops_per_token(config, context, means if gate else None) / flops_per_token(config, context)
+    return {"executed": sum(means) / sum(len(layer.w1) for layer in moe.layers()), "flops": flops, "loss": loss}
 
 
-def cost_table(moe: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float, baseline: bool) -> list[dict]:
+@torch.no_grad()
+def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, turns: int = 5) -> float:
+    """Seconds of the converted model for EVAL_BATCH windows over those of the dense model, in turns; ratio of medians."""
+    config, device = dense.config, dense.lm_head.weight.device
+    offsets = torch.linspace(0, len(tokens) - config.block_size - 1, EVAL_BATCH, dtype=torch.float64).long()
+    x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
+    seconds = ([], [])
+    for _ in range(turns):
+        for model, g, times in ((dense, None, seconds[0]), (moe, gate, seconds[1])):
+            start = time.perf_counter()
+            model(x, g)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return statistics.median(seconds[1]) / statistics.median(seconds[0])
+
+
+def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float) -> list[dict]:
     """Prints the table over tau and returns its points; for MoEfication over k alone."""
-    points = []
+    config, points = moe.config, []
+    context, E = (config.block_size + 1) / 2, [len(layer.w1) for layer in moe.layers()]
+    floor, full = (flops_per_token(config, context, e) / flops_per_token(config, context) for e in ([0] * len(E), E))
+    change = lambda loss: f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"  # noqa: E731
 
-    def point(rule, gate):
-        row, _ = measure(moe, tokens, windows, gate)
-        points.append({"rule": rule, **row})
-        return row
+    def point(rule, value, gate, timed=True):
+        row = {"rule": rule, "value": value, **measure(moe, tokens, windows, gate)}
+        points.append(row | {"time": relative_time(moe, dense, tokens, gate) if timed else math.nan})
+        return points[-1]
 
-    def change(loss):
-        return f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"
-
-    print(f"\ndense loss {dense_loss:.4f} nats a token; executed: share of experts; FLOPs: a token, relative to dense")
-    if baseline:
-        print("  share     FLOPs    loss  change")
+    say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time are relative to the dense model's")
+    say(f"FLOPs = {floor:.1%} + {full - floor:.1%} x share of experts executed (below tau = 1)")
+    if config.router == "moefication":
+        say("  share     FLOPs   time    loss  change")
         for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
-            row = point("top_k", Gate(top_share, share))
-            print(f"{row['executed']:7.1%} {row['flops']:9.1%} {change(row['loss'])}", flush=True)
+            row = point("top_k", share, partial(top_share, share=share) if share < 1 else None)
+            say(f"{row['executed']:7.1%} {row['flops']:9.1%} {row['time']:6.2f} {change(row['loss'])}")
         return points
-    print("             dynamic-k (router)              top-k, as many experts    oracle (true norms)")
-    print("   tau  executed   FLOPs    loss  change  executed    loss  change  executed    loss  change")
+    say("             dynamic-k (router)                     top-k, as many experts    oracle (true norms)")
+    say("   tau  executed   FLOPs   time    loss  change  executed    loss  change  executed    loss  change")
     for tau in taus:
-        dynamic = point("dynamic_k", Gate(dynamic_k, tau))
-        fixed = point("top_k", Gate(top_share, dynamic["executed"]))
-        oracle = point("oracle", Gate(dynamic_k, tau, oracle=True))
-        print(
-            f"{tau:6.4g} {dynamic['executed']:9.1%} {dynamic['flops']:7.1%} {change(dynamic['loss'])} "
-            f"{fixed['executed']:9.1%} {change(fixed['loss'])} {oracle['executed']:9.1%} {change(oracle['loss'])}", flush=True,
-        )  # fmt: skip
+        gate = None if tau == 1 else partial(dynamic_k, tau=tau)  # at tau = 1 no router is asked
+        routed = point("dynamic_k", tau, gate)
+        fixed = point("top_k", routed["executed"], partial(top_share, share=routed["executed"]) if gate else None, timed=False)
+        with oracles(moe):
+            best = point("oracle", tau, gate, timed=False)
+        say(
+            f"{tau:6.4g} {routed['executed']:9.1%} {routed['flops']:7.1%} {routed['time']:6.2f} {change(routed['loss'])} "
+            f"{fixed['executed']:9.1%} {change(fixed['loss'])} {best['executed']:9.1%} {change(best['loss'])}"
+        )
     return points
 
 
@@ -374,223 +422,290 @@ def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] |
 
 
 def print_read_off(points: list[dict], dense_loss: float) -> None:
-    """What each rule costs at 1% and at 2% above the dense loss. The oracle has no FLOPs: true norms cost the whole layer."""
-    print()
+    """What each rule costs at 1% and at 2% above the dense loss. (An oracle is not priced: it runs every expert.)"""
+    say()
     for percent in (1, 2):
         for rule in dict.fromkeys(p["rule"] for p in points):
             if cost := cost_at(points, rule, dense_loss * (1 + percent / 100)):
                 flops = f", {cost[1]:6.1%} of the FLOPs" if rule != "oracle" else ""
-                print(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
+                say(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
             else:
-                print(f"at {percent}% above the dense loss, {rule:9}: outside of this table")
+                say(f"at {percent}% above the dense loss, {rule:9}: outside of this table; --eval with other --taus extends it")
 
 
-COLUMNS = ("recipe", "rule", "value", "executed", "flops", "loss", "dense_loss", "text")
+COLUMNS = ("recipe", "rule", "value", "executed", "flops", "time", "loss", "dense_loss", "text")
 
 
-def read_points(path: Path) -> list[dict[str, str | float]]:
-    """The rows of a cost_vs_loss.csv, numbers as floats. Rows that are not ours are passed over; none if it is missing."""
-    points = []
-    try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as f:  # a damaged byte costs one row
-            for row in csv.DictReader(f):
-                with contextlib.suppress(KeyError, TypeError, ValueError):
-                    points.append({name: float(row[name]) if name in COLUMNS[2:7] else row[name] for name in COLUMNS})
-    except (OSError, csv.Error):
-        pass
-    return [point for point in points if None not in point.values()]
-
-
-def write_points(path: Path, points: list[dict]) -> None:
-    """Adds a conversion's points to the CSV, in place of an earlier conversion's by the same recipe."""
-    earlier = read_points(path)
-    if not earlier and path.exists() and path.stat().st_size:  # somebody else's
-        path.replace(path.with_name(f"{path.name}.old"))
-        print(f"{path} was not a table of ours: it stays as {path}.old")
-    others = [point for point in earlier if point["recipe"] != points[0]["recipe"]]
+def write_table(path: Path, points: list[dict]) -> None:
+    """The points as CSV; an earlier table keeps another name. Raises OSError."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(others + points)
+    writer.writerows(points)
+    kept = keep_previous(path)
     with atomic_write(path) as f:
-        f.write(text.getvalue().encode())
+        f.write(text.getvalue().encode("utf-8", "backslashreplace"))
+    if kept:
+        say(f"the earlier table stays as {kept}")
 
 
-def draw(path: Path, text: str, counts: list[dict[str, Tensor]], num_experts: int, gate: Gate) -> None:
-    """The picture: loss against FLOPs for this conversion and all found beside it on the same text; and how many experts
-    a token executes, block by block. An oracle is drawn at what a perfect router of the same size would cost. Without
-    matplotlib one line says so."""
+def read_table(folder: Path) -> list[dict]:
+    """The points of a folder's cost_vs_loss.csv. Raises ValueError or OSError if there is none of ours."""
+    path = folder / "cost_vs_loss.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: --compare takes folders that convert.py wrote")
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        rows = list(csv.DictReader(f))
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed, so no picture: pip install matplotlib draws cost_vs_loss.png")
-        return
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colors = {}  # one a conversion; how it chooses experts is told by the kind of line
-    for file in sorted(path.parent.absolute().parent.glob("*/cost_vs_loss.csv")):
-        rows = [row for row in read_points(file) if row["text"] == text]
-        for recipe, rule in dict.fromkeys((row["recipe"], row["rule"]) for row in rows):
-            curve = sorted((r["flops"], r["loss"]) for r in rows if (r["recipe"], r["rule"]) == (recipe, rule))
-            style = {"dynamic_k": "o-", "top_k": "s--", "oracle": ":"}.get(rule, "-")
-            name = f"{file.parent.name}: {recipe}"
-            color = colors.setdefault(name, f"C{len(colors)}")
-            left.plot(*zip(*curve, strict=True), style, color=color, markersize=3, linewidth=1, label=f"{name}, {rule}")
-        for dense in {row["dense_loss"] for row in rows}:
-            left.plot([1.0], [dense], "k*", markersize=8)
-    cheapest = min(line.get_xdata().min() for line in left.lines)
-    left.set(xlabel="FLOPs a token, relative to dense (star)", ylabel="loss, nats a token", xlim=(min(0.4, cheapest), 1.1))
-    best = min(line.get_ydata().min() for line in left.lines)
-    left.set_ylim(best * 0.99, best * 1.2)  # beyond a fifth of the loss nobody would run it
-    left.legend(fontsize=6)
-    for layer, c in enumerate(counts):
-        share = torch.bincount(c["mlp"].cpu(), minlength=num_experts + 1) / len(c["mlp"])
-        right.plot(range(num_experts + 1), share.tolist(), label=f"block {layer}", linewidth=1)
-    right.set(xlabel=f"experts executed of {num_experts}, {gate.rule.__name__} {gate.value:g}", ylabel="share of tokens")
-    if len(counts) <= 12:
-        right.legend(fontsize=6)
+        points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
+        points = [p for p in points if math.isfinite(p["loss"]) and math.isfinite(p["flops"])]
+    except (KeyError, TypeError, ValueError):
+        points = []
+    if not points:
+        raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there")
+    return points
+
+
+def draw(path: Path, tables: list[list[dict]]) -> None:
+    """Loss above dense in % against FLOPs in %, a curve for each table's rule and for the first table's top-k. Raises
+    ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.3, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = {"top_k": "same model, top-k", "oracle": "oracle"}
+    curves = []
+    for i, table in enumerate(tables):
+        for rule in dict.fromkeys(p["rule"] for p in table):
+            main = rule == "dynamic_k" or table[0]["recipe"].startswith("moefication")
+            if main or (i == 0 and rule == "top_k" and len(tables) < 4):
+                points = [(100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in table if p["rule"] == rule]
+                name = table[0]["recipe"].partition(" E=")[0] if main else names[rule]
+                curves.append((sorted(points), name, main))
+    for i, (points, name, main) in enumerate(curves[:4]):
+        color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if main else "#888888"
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
+        height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
+        x, y = min(points, key=lambda p: abs(p[1] - height))
+        axes.annotate(name.replace("$", r"\$"), (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11)
+    axes.plot([100], [0], "k*", markersize=13, clip_on=False)
+    axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
+    axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %", ylim=(-0.3, 10))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
+    figure.savefig(picture, format="png", dpi=200)
     with atomic_write(path) as f:
         f.write(picture.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Out again
+
+
+@torch.no_grad()
+def export_gpt2(model: GPT, folder: Path) -> None:
+    """Writes a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads with equal logits: a dense model, or a converted
+    one as with tau = 1. Raises ValueError for converted projections, OSError."""
+    c = model.config
+    if c.projections != "linear":
+        raise ValueError("a model with converted attention projections is no GPT-2: export its dense checkpoint")
+    if any((folder / name).exists() for name in HF_WEIGHTS):
+        raise ValueError(f"{folder} holds a model already: --export takes a new folder")
+    weights = {}
+    for name, w in model.state_dict().items():
+        if ".mlp." not in name:
+            weights[name] = w.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight")) else w  # stored as [in, out]
+        if name.endswith((".weight",)) and not c.bias and any(part in name for part in ("ln_", "c_attn", "c_proj")):
+            weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))  # Hugging Face's have biases
+    for i, block in enumerate(model.transformer.h):
+        mlp, prefix = block.mlp, f"transformer.h.{i}.mlp."
+        w1, b1 = (mlp.w1.flatten(0, 1), mlp.b1.flatten()) if c.num_experts else (mlp.c_fc.weight, mlp.c_fc.bias)  # [d_ff, d], [d_ff]
+        w2, b2 = (mlp.w2.flatten(0, 1), mlp.b2) if c.num_experts else (mlp.c_proj.weight.t(), mlp.c_proj.bias)  # [d_ff, d], [d]
+        weights |= {prefix + "c_fc.weight": w1.t().contiguous(), prefix + "c_proj.weight": w2.contiguous()}
+        weights[prefix + "c_fc.bias"] = b1 if b1 is not None else w1.new_zeros(len(w1))
+        weights[prefix + "c_proj.bias"] = b2 if b2 is not None else w1.new_zeros(c.n_embd)
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
+    hf = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation], "n_layer": c.n_layer,
+        "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size, "vocab_size": c.vocab_size,
+        "layer_norm_epsilon": c.layer_norm_epsilon, "tie_word_embeddings": c.tie_weights,
+    }  # fmt: skip
+    with atomic_write(folder / "pytorch_model.bin") as f:
+        torch.save(weights, f)
+    with atomic_write(folder / "config.json") as f:
+        f.write(json.dumps(hf, indent=2).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The script
+
+RECIPES = {  # split, router, router_power, width of the routers at width d
+    "paper": ("weights", "norm", 1.0, lambda d: 3 * d // 8),
+    "better": ("coactivation", "norm", 0.5, lambda d: d // 2),
+    "moefication": ("weights", "moefication", 1.0, lambda d: 3 * d // 8),
+}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a dense checkpoint to experts with dynamic-k gating.")
-    add = parser.add_argument
-    add("--ckpt", default="out", help=f"folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a GPT-2 state dict, or {', '.join(GPT2_REPOS)} (default: %(default)s)")
-    add("--out", type=Path, default=None, help="folder for d2dmoe.pt, cost_vs_loss.csv and .png (default: beside the checkpoint; of a downloaded GPT-2 the folder ./gpt2 and the like)")
-    add("--data", default=None, help="as in train.py (default: what the checkpoint was trained on, else stdlib)")
-    add("--tokenizer", choices=("bytes", "gpt2"), default=None, help="(default: the checkpoint's, else told by its vocabulary)")
+    parser = Parser(
+        "convert.py", description="Convert a dense checkpoint to experts with dynamic-k gating.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python convert.py --ckpt out/ --out better/ --recipe better\n  python convert.py --ckpt out/ --eval --taus 0.5 0.85",
+    )  # fmt: skip
+    count, taus = number(int, 1, 2**40), [1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7]
+    add = parser.add_argument_group("what to run").add_argument
+    add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging Face's GPT-2, or"
+        f" to be downloaded {', '.join(GPT2_REPOS)} (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
+    add("--data", help="text or a folder of .bin files, as in train.py (default: train.bin and val.bin beside the checkpoint)")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own)")
+    add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: nothing is trained")
+    add("--export", type=Path, metavar="FOLDER", help="only write the checkpoint as a folder for Hugging Face's transformers")
+    add("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="other conversions to show in the picture")
+    add = parser.add_argument_group("model").add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="paper; better: coactivation clusters and square roots of norms; moefication:"
+        " the baseline, a classifier and top-k (default: %(default)s)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--num_experts", type=int, default=None, help="experts a feed-forward layer (default: 64)")
-    size.add_argument("--expert_size", type=int, default=None, help="neurons an expert, instead of --num_experts")
+    size.add_argument("--num_experts", type=count, help="experts per feed-forward layer (default: 64)")
+    size.add_argument("--expert_size", type=count, help="neurons per expert, instead of --num_experts")
     add("--attention", action="store_true", help="convert the attention projections too")
-    add("--split", choices=("weights", "coactivation"), default="weights", help="what makes neurons alike: their weights (the paper's), or firing together (default: %(default)s)")
-    add("--router_target", choices=("norm", "sqrt"), default="norm", help="what routers regress: the experts' output norms (the paper's), or their square roots (default: %(default)s)")
-    add("--router_width", type=int, default=None, help="hidden width of the routers (default: three eighths of d, at most the paper's 128; projections get a quarter of that)")
-    add("--baseline", choices=("none", "moefication"), default="none", help="MoEfication: classifier routers and top-k (default: %(default)s)")
-    add("--steps", type=int, default=2500, help="training steps of the routers; with --attention as many of the projections, a quarter each alone and the rest together (default: %(default)s)")
-    add("--batch_size", type=int, default=8, help="contexts a step (default: %(default)s)")
-    add("--lr", type=float, default=5e-3, help="peak learning rate of Adam (default: %(default)s)")
-    add("--taus", type=float, nargs="+", default=[1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7], help="rows of the table (default: %(default)s)")
-    add("--eval_windows", type=int, default=128, help="contexts of held-out text for each row (default: %(default)s)")
-    add_shared_arguments(parser)
+    add("--projection_experts", type=count, help="experts per projection (default: 32, or the largest divisor below)")
+    add("--split", choices=("weights", "coactivation"), help="which neurons are alike (default: the recipe's)")
+    add("--router_power", type=number(float, 0.05, 8), help="routers regress norm ** power (default: the recipe's, 1 or 0.5)")
+    add("--router_width", type=count, help="hidden width of the routers (default: 3/8 of d, better: 1/2, at most 128; projections: a"
+        " quarter of that)")  # fmt: skip
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the projection MLPs"
+        " before, a quarter of them each by itself (default: %(default)s)")  # fmt: skip
+    add("--batch_size", type=count, default=8, help="sequences per step (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate (default: %(default)s)")
+    add = add_system_options(parser).add_argument
+    add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
+    add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("num_experts", "expert_size", "router_width", "steps", "batch_size", "eval_windows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if not 0 < args.lr < math.inf:
-        parser.error("--lr must be a positive number")
-    if args.baseline == "moefication" and args.router_target != "norm":
-        parser.error("--baseline moefication has a router of its own: leave --router_target out")
-    check_seed(parser, args.seed)
-    if bad := [tau for tau in args.taus if not 0 <= tau <= 1]:
-        parser.error(f"--taus must lie between 0 and 1, not {bad[0]:g}")
+    if args.recipe == "moefication" and args.router_power:
+        raise ValueError("--recipe moefication has a classifier for a router: leave --router_power out")
     return args
+
+
+def converted_config(dense: GPT, args: argparse.Namespace):
+    """The dense model's config with what the options say of experts and routers. Raises ValueError."""
+    c, (_, router, power, width_of) = dense.config, RECIPES[args.recipe]
+    width = args.router_width or max(1, min(128, width_of(c.n_embd)))
+    if args.expert_size and c.d_ff % args.expert_size:
+        raise ValueError(f"--expert_size {args.expert_size} does not divide the {c.d_ff} neurons of a feed-forward layer")
+    experts = args.num_experts or (c.d_ff // args.expert_size if args.expert_size else 64)
+    if c.d_ff % experts:
+        raise ValueError(f"--num_experts {experts} does not divide the {c.d_ff} neurons of a feed-forward layer")
+    config = replace(c, num_experts=experts, router=router, router_width=width, router_power=args.router_power or power)
+    if not args.attention:
+        return config
+    return replace(
+        config, projections="moe", projection_experts=args.projection_experts or math.gcd(c.projection_width, 32),
+        projection_router_width=max(1, width // 4),
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    rank, world = start_processes(device)
+    rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
-    with rank_zero_first(rank, world):
-        dense, checkpoint = load_initial(args.ckpt)
-    if dense.config.num_experts or dense.config.attention_experts:
-        sys.exit(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
-    place = Path(args.ckpt) if args.ckpt in GPT2_REPOS else local_path(args.ckpt)
-    out = args.out or (place if place.is_dir() or args.ckpt in GPT2_REPOS else place.parent)
-    settings = checkpoint.get("settings", {}) if isinstance(checkpoint.get("settings", {}), dict) else {}
-    data = args.data or settings.get("data", "stdlib")
-    tokenizer = choose_tokenizer(args.tokenizer, checkpoint, dense.config.vocab_size, data)
-
-    neurons, width = dense.config.d_ff, args.router_width or max(1, min(128, 3 * dense.config.n_embd // 8))
-    experts = args.num_experts or (neurons // args.expert_size if args.expert_size else 64)
-    if args.expert_size and neurons % args.expert_size:
-        sys.exit(f"--expert_size {args.expert_size} does not divide the {neurons} neurons of a feed-forward layer")
-    if neurons % experts:
-        sys.exit(f"--num_experts {experts} does not divide the {neurons} neurons of a feed-forward layer")
-    config = dataclasses.replace(
-        dense.config, num_experts=experts, router_width=width,
-        router_target="share" if args.baseline == "moefication" else args.router_target,
-        attention_experts=math.gcd(dense.config.projection_width, 32) if args.attention else 0,
-        attention_router_width=max(1, width // 4) if args.attention else 0,
-    )  # fmt: skip
-    recipe = "moefication" if args.baseline == "moefication" else f"{args.split}/{args.router_target}"
-    recipe += f" E={experts} r={width}" + (" +attention" if args.attention else "")
-
-    with rank_zero_first(rank, world):
-        train_tokens, val_tokens = load_corpus(data, tokenizer, out, config.block_size)
-    rows = args.batch_size
-    if rows % world:
-        sys.exit(f"--batch_size {rows} does not divide among {world} processes")
-
-    dense.to(device).requires_grad_(False)
-    if rank == 0:  # what could fail at the end of an hour is tried at its start
-        dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, EVAL_BATCH)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-        except OSError as error:
-            sys.exit(f"cannot write into {out}: {error.strerror}; choose another folder by --out")
-    clock = time.perf_counter()
-    students = None
-    if args.attention:
-        # The weight 1e-3 is the paper's, for its ViT. Training together matters more, so it gets more of the steps; there
-        # the penalty's weight is lower, for a divergence is far below 1, and so is the learning rate, for it starts well.
-        alone = max(1, args.steps // 4)
-        students = distill_projections(dense, train_tokens, alone, args.lr, rows, args.seed, weight=1e-3)
-        tune_projections(dense, students, train_tokens, max(1, args.steps - alone), args.lr / 2, rows, args.seed + 2, weight=1e-4)
-    moe = GPT(config).to(device).requires_grad_(False)
-    sample = None
-    if args.split == "coactivation":
-        windows = max(1, 8192 // config.block_size)  # 8,192 tokens, of a step that no training has
-        offsets = draw_offsets(len(train_tokens), windows, config.block_size, args.seed, step=-1)
-        sample, _ = take_windows(train_tokens, offsets, config.block_size, config.vocab_size, device)
-    split_model(dense, moe, students, sample, args.seed)
-    if world > 1:  # the same experts everywhere, whatever each machine's arithmetic
-        for p in moe.parameters():
-            dist.broadcast(p, 0)
+    place = Path(args.ckpt).expanduser()
+    out = args.out or (place if place.is_dir() or (args.ckpt in GPT2_REPOS and not place.exists()) else place.parent)
+    with rank_zero_first():
+        checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
+        dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
+        if args.export:
+            export_gpt2(dense, args.export)
+            return say(f"wrote {args.export}/config.json and pytorch_model.bin")
+        if dense.config.num_experts:
+            raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
+        lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
+        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, out)
+    tables = [read_table(folder) for folder in args.compare]
+    dense.to(device)
     if rank == 0:
-        seconds = time.perf_counter() - clock
-        print(f"{config.n_layer} blocks of {experts} experts with {neurons // experts} neurons, split in {seconds:.0f} s", flush=True)
-    for block in moe.transformer.h:
-        for layer in expert_layers(block).values():
-            layer.router.requires_grad_(True)
-    train_routers(moe, train_tokens, args.steps, args.lr, rows, args.seed + 1)
+        dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, EVAL_BATCH)
+        if not math.isfinite(dense_loss):
+            raise ValueError(f"the dense model's loss on held-out text is {dense_loss}: this checkpoint cannot be used")
+    start, recipe = time.perf_counter(), f"{args.recipe}{' + attention' if args.attention else ''}"
+
+    if args.eval:
+        converted = load_checkpoint(out, ("d2dmoe.pt",))
+        moe, recipe = build_model(converted, out).requires_grad_(False).to(device), str(converted.get("recipe"))
+        if not moe.config.num_experts:
+            raise ValueError(f"{out}/d2dmoe.pt is a dense model")
+    else:
+        config = converted_config(dense, args)
+        recipe += f" E={config.num_experts} r={config.router_width}"
+        check_memory(args.batch_size * config.block_size * config.d_ff * 12, device)
+
+        def batches(steps, seed):
+            return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
+
+        source = dense
+        if args.attention:  # three quarters of the steps for training jointly, which matters more
+            alone = max(1, args.steps // 4)
+            source = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
+        moe = GPT(config).to(device).requires_grad_(False).eval()
+        sample = None
+        if (args.split or RECIPES[args.recipe][0]) == "coactivation":
+            windows = Batches(tokens, config, 0, max(1, 8192 // config.block_size), args.seed, device)
+            sample = torch.cat([x for x, _ in windows[-1]])  # 8,192 tokens, of a step that no training has
+        split_model(source, moe, sample, args.seed)
+        if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
+            for p in moe.parameters():
+                dist.broadcast(p, 0)
+        say(f"{config.n_layer} blocks of {config.num_experts} experts with {config.d_ff // config.num_experts} neurons, split in "
+            f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+        train_routers(moe, batches(args.steps, 1), args.lr)
+        moe.requires_grad_(False)
+        if rank > 0:
+            return
+        kept = keep_previous(out / "d2dmoe.pt")
+        save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, text=text, recipe=recipe, dense_loss=dense_loss)
+        say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s{f'; the earlier one stays as {kept}' if kept else ''}")
     if rank > 0:
-        end_processes(world)
         return
 
-    save_checkpoint(
-        out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe, dense_loss=dense_loss,
-        settings={"data": data} | {k: v for k, v in vars(args).items() if k in ("split", "seed", "steps", "batch_size", "lr")},
-    )  # fmt: skip
-    if args.attention:
+    if moe.config.projections == "moe":
         loss, _ = evaluate(moe, val_tokens, args.eval_windows, EVAL_BATCH)
-        print(f"with imitated projections and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
-    points = cost_table(moe, val_tokens, args.eval_windows, args.taus, dense_loss, args.baseline == "moefication")
+        say(f"with projection MLPs and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
+    points = cost_table(moe, dense, val_tokens, args.eval_windows, args.taus, dense_loss)
     print_read_off(points, dense_loss)
-    text = f"{data} ({tokenizer}, {len(val_tokens)} held-out tokens)"
-    write_points(out / "cost_vs_loss.csv", [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": text} for p in points])
-    gate = Gate(top_share, 0.25) if args.baseline == "moefication" else Gate(dynamic_k, 0.95)
-    _, counts = measure(moe, val_tokens, args.eval_windows, gate)
-    draw(out / "cost_vs_loss.png", text, counts, experts, gate)
-    speaks = args.baseline == "none" and N_VOCAB[tokenizer] <= config.vocab_size  # a model over letters of its own cannot
-    then = f"; now: python sample.py --ckpt {out} --tau 0.95" if speaks else ""
-    print(f"\nwrote {out}/d2dmoe.pt and {out}/cost_vs_loss.csv in {time.perf_counter() - clock:.0f} s{then}")
-    end_processes(world)
+    described = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {args.eval_windows} windows"
+    points = [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": described} for p in points]
+    write_table(out / "cost_vs_loss.csv", points)
+    try:
+        draw(out / "cost_vs_loss.png", [points, *tables])
+        wrote = f"{out}/cost_vs_loss.csv and .png"
+    except ImportError:
+        wrote = f"{out}/cost_vs_loss.csv (pip install matplotlib draws it)"
+    say(f"\nwrote {wrote} in {time.perf_counter() - start:.0f} s")
+    slower = all(p["time"] > 0.95 for p in points if p["rule"] == "dynamic_k")
+    if slower and device.type == "cpu":
+        say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
+    if tokenizer and moe.config.router == "norm":
+        say(f"now: python sample.py --ckpt {out} --tau 0.95")
+
+
+def open_corpus(args: argparse.Namespace, checkpoint: dict, dense: GPT, out: Path):
+    """Training and held-out tokens, the tokenizer's name (None if unknown) and the text's fingerprint. Raises ValueError."""
+    place = Path(args.ckpt).expanduser()
+    beside = place if place.is_dir() else place.parent
+    if args.data is None and not (beside / "train.bin").exists() and not (beside / "val.bin").exists():
+        raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
+    encode_into = out / "text" if (out / "train.bin").exists() else out  # not over the tokens of a training run
+    stated = checkpoint.get("tokenizer")
+    folder, tokenizer = prepare_tokens(args.data or str(beside), args.tokenizer, stated, dense, encode_into)
+    tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
+    text = fingerprint(*tokens)
+    if args.data is None and checkpoint.get("text") not in (None, text):
+        raise ValueError(f"{beside}/train.bin and val.bin are not what ckpt.pt was trained on: give that text as --data")
+    return *tokens, tokenizer, text
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run it again, conversion does not resume; every file is complete or as it was")
-    except torch.OutOfMemoryError:
-        sys.exit("out of GPU memory: lower --batch_size")
+    run(main)

@@ -1,112 +1,150 @@
-"""D2DMoE in one file: a GPT whose feed-forward layers, and if wanted its attention projections, are split into experts
-of which every token runs only those that matter to it.
+"""D2DMoE: a GPT whose feed-forward layers are split into experts, of which each token runs only those that matter to it.
 
     Szatkowski, Wójcik, Piórczyński, Scardapane. Exploiting Activation Sparsity with Dense to Dynamic-k
-    Mixture-of-Experts Conversion. NeurIPS 2024, arXiv 2310.04361.                      called "the paper" below
+    Mixture-of-Experts Conversion. NeurIPS 2024, arXiv 2310.04361.                        "the paper" below
     Zhang et al. MoEfication: Transformer Feed-forward Layers are Mixtures of Experts. arXiv 2110.01786.
-    Radford et al. Language Models are Unsupervised Multitask Learners (GPT-2), whose parameter names are kept.
+    Radford et al. Language Models are Unsupervised Multitask Learners (GPT-2). Its parameter names are kept.
 
-Equation numbers are those of the README's page on the method.
+       dense MLP          the same neurons          a router predicts           only those
+     few neurons fire      in E experts            each expert's norm          experts run
+        . . # . .           [. . .]  [. # .]         |     (1 - tau) max
+        . . . . #     ->    [. . .]  [# . #]   ->    |  #  - - - - -     ->     expert 1
+        . # . . .           [. . .]  [. . .]         |  #
+                               0        1            0  1
 
-One class, `GPT`, is both the dense model that is trained and the converted model that is run. What a layer measures, the
-sparsity penalty of a dense one or the experts that a converted one executed, comes back as a return value.
+What differs from nanoGPT's model.py:
+- MLP returns a second value, the sparsity penalty on its activations, which train.py adds to the loss.
+- DynamicKMoE takes an MLP's place after conversion. Its second value is the mask of the experts that were executed.
+- The model takes a gate, which turns the routers' predicted norms into that mask: partial(dynamic_k, tau=0.9).
+- The four attention projections may be MLPs or experts too.
+- generate keeps keys and values, so that each token is computed once.
 
-Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, d_ff = 4d, E experts of h neurons each, V vocabulary.
+Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, d_ff neurons, E experts of h = d_ff / E neurons, V vocabulary.
 """
 
+import dataclasses
+import json
 import math
+import os
+import re
+import secrets
+import shutil
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import ACTIVATIONS, expert_ffn
+from kernels import ACTIVATIONS, expert_ffn, linear
+
+Gate = Callable[[Tensor], Tensor]  # norms [N, E] -> executed [N, E] bool
 
 
 @dataclass
 class GPTConfig:
-    """Sizes of a model; the fields after `penalty` say how it was converted; in a dense one their sizes are 0."""
+    """Sizes of a model; convert.py sets the fields from num_experts on. Raises ValueError if they do not fit together."""
 
     block_size: int = 128  # longest context, in tokens
     vocab_size: int = 257
     n_layer: int = 4
     n_head: int = 4
-    n_embd: int = 128
+    n_embd: int = 128  # d
+    d_ff: int = 0  # neurons of a feed-forward layer; 0 means 4 * n_embd
     bias: bool = True  # in linear layers and layer norms
     activation: str = "relu"  # relu, gelu (exact), gelu_tanh (GPT-2's)
     penalty: str = "hoyer"  # hoyer, l1, none
-    num_experts: int = 0  # E of each feed-forward layer
+    layer_norm_epsilon: float = 1e-5
+    tie_weights: bool = True  # the LM head is the token embedding
+    num_experts: int = 0  # E of each feed-forward layer; 0 means dense
+    router: str = "norm"  # norm (the paper's) or moefication (the baseline's)
     router_width: int = 0
-    router_target: str = "norm"  # what the router regresses: norm, sqrt or share
-    attention_experts: int = 0  # E of each of the four attention projections; 0: they stay linear
-    attention_router_width: int = 0
+    router_power: float = 1.0  # routers regress norm ** power
+    projections: str = "linear"  # the four of attention: linear, mlp (two-layer stand-ins) or moe (these split)
+    projection_experts: int = 0
+    projection_router_width: int = 0
 
-    @property
-    def d_ff(self) -> int:
-        return 4 * self.n_embd
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), (int, float) if field.type is float else field.type
+            if not isinstance(value, kind):
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r}")
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError("block_size, vocab_size, n_layer, n_head and n_embd must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        choices = {"activation": tuple(ACTIVATIONS), "penalty": ("hoyer", "l1", "none"),
+                   "router": ("norm", "moefication"), "projections": ("linear", "mlp", "moe")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
+            raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
+        self.d_ff = self.d_ff or 4 * self.n_embd
+        if self.d_ff < 1:
+            raise ValueError(f"d_ff must be at least 1, not {self.d_ff}")
+        if self.num_experts:
+            check_experts(self.num_experts, self.d_ff, self.router_width)
+        if self.projections == "moe":
+            check_experts(self.projection_experts, self.projection_width, self.projection_router_width)
 
     @property
     def projection_width(self) -> int:
-        """Hidden width m of the MLP that replaces a d x d projection at equal cost, equation (6)."""
+        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection: as many parameters, biases included,
+        (2d + 1) m + d = d^2 + d up to the output bias, so m = round((d^2 + d) / (2d + 1)), about d / 2 (section 3.5)."""
         d = self.n_embd
-        return round((d * d + d) / (2 * d + 1))
+        return max(1, round((d * d + d) / (2 * d + 1)))
 
-    def experts(self, name: str) -> tuple[int, int, int]:
-        """E, neurons in all, and router width of a converted layer: "mlp", or a projection, "q", "k", "v" or "o"."""
-        if name == "mlp":
-            return self.num_experts, self.d_ff, self.router_width
-        return self.attention_experts, self.projection_width, self.attention_router_width
 
-    def check(self) -> None:
-        """Raises ValueError, in one line, for sizes that cannot be built."""
-        sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"block_size, vocab_size, n_layer, n_head and n_embd must be positive integers, not {sizes}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
-        if self.penalty not in ("hoyer", "l1", "none"):
-            raise ValueError(f"penalty must be hoyer, l1 or none, not {self.penalty!r}")
-        if self.router_target not in ("norm", "sqrt", "share"):
-            raise ValueError(f"router_target must be norm, sqrt or share, not {self.router_target!r}")
-        for what, name in (("d_ff", "mlp"), ("the projections' width", "q")):
-            E, neurons, width = self.experts(name)
-            if not isinstance(E, int) or E < 0 or (E and neurons % E):
-                raise ValueError(f"{E} experts do not divide {what} {neurons} evenly")
-            if E and not (isinstance(width, int) and width > 0):
-                raise ValueError(f"a router must have a positive width, not {width}")
+def check_experts(num_experts: int, neurons: int, router_width: int) -> None:
+    """Raises ValueError unless the experts divide the neurons evenly and the router has a width."""
+    if num_experts < 1 or neurons % num_experts:
+        raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
+    if router_width < 1:
+        raise ValueError(f"a router's width must be at least 1, not {router_width}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Activation sparsity
+# Sparse activations (section 3.1 of the paper)
 
-DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activations of a GELU (the paper's GPT-2)
+DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activations of a GELU (the authors' GPT-2)
 
 
 def square_hoyer(a: Tensor) -> Tensor:
-    """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension of a >= 0, in float32: between 1 and its size, the number of
-    effectively active neurons; 0 where all are zero. Equation (2), from Kurtz et al. 2020.  a [..., d_ff] -> [...]"""
+    """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension, for a >= 0 as a ReLU leaves it (Kurtz et al. 2020): the effective
+    number of active neurons, from 1 to d_ff, and 0 if none is active. [3, 0, 4, 0] -> 49 / 25 = 1.96 of 4.
+
+    It does not change when a is scaled. A ReLU network can halve W1 and b1 and double W2, which halves an L1 penalty
+    without one more zero; this penalty cannot be lowered that way.   a [..., d_ff] -> [...] float32
+    """
     a = a.float()
     return (a.sum(-1) / (torch.linalg.vector_norm(a, dim=-1) + 1e-12)).square()  # (|a|_1 / |a|_2)^2
 
 
 def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Tensor:
-    """Mean over tokens of the penalty, the second term of equation (1), for pre-activations z [..., d_ff] and a = act(z);
-    a scalar in float32.
+    """Mean over tokens of the penalty on one layer, for pre-activations z [..., d_ff] and a = act(z); a float32 scalar.
 
     A ReLU is penalized on its output a. A GELU has no zeros to count, so its pre-activation is clamped and displaced,
-    max(z, s) - s with s = DISPLACEMENT, and is thereby pushed to where a GELU is flat.
+    max(z, s) - s with s = DISPLACEMENT: the penalty pushes z towards s, where GELU(z) is almost 0.
     """
     if penalty == "none":
         return z.new_zeros((), dtype=torch.float32)
     if activation != "relu":
-        a = F.relu(z.float() - DISPLACEMENT)
+        a = z.float().clamp(min=DISPLACEMENT) - DISPLACEMENT  # [..., d_ff]
     return square_hoyer(a).mean() if penalty == "hoyer" else a.sum(-1, dtype=torch.float32).mean()
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose product kernels.linear computes: on a CPU that is faster for the few rows of a decoding step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class MLP(nn.Module):
@@ -115,60 +153,64 @@ class MLP(nn.Module):
     def __init__(self, d: int, d_ff: int, activation: str, penalty: str, bias: bool = True):
         super().__init__()
         self.activation, self.penalty = activation, penalty
-        self.c_fc = nn.Linear(d, d_ff, bias=bias)
-        self.c_proj = nn.Linear(d_ff, d, bias=bias)
+        self.c_fc = Linear(d, d_ff, bias=bias)
+        self.c_proj = Linear(d_ff, d, bias=bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., d] -> y [..., d], penalty (a scalar, the mean over tokens)"""
+    def forward(self, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+        """x [..., d] -> y [..., d], penalty (a scalar; nan in eval mode, where it is not computed). There is nothing to
+        gate: the argument is there because a DynamicKMoE can stand in the same place."""
         z = self.c_fc(x)  # [..., d_ff]
         a = ACTIVATIONS[self.activation](z)  # [..., d_ff]
-        return self.c_proj(a), sparsity_penalty(z, a, self.activation, self.penalty)
+        penalty = sparsity_penalty(z, a, self.activation, self.penalty) if self.training else x.new_full((), math.nan)
+        return self.c_proj(a), penalty
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Routing
+# Routing and gating (sections 3.3 and 3.4)
 
 
 class Router(nn.Module):
-    """Predicts how much every expert would contribute to a token: two linear layers without bias.
+    """Predicts the L2 norm of every expert's output, ||W2_e act(W1_e x + b1_e)||: two linear layers without bias, ReLU
+    between, absolute value at the end, since a norm is not negative.
 
-    target "norm": the L2 norm of the expert's output, |raw|, equation (4): the paper's.
-    target "sqrt": raw is trained on the norm's square root and squared here, so that small norms weigh more in the loss.
-    target "share": MoEfication's classifier, a tanh inside and a logit for the expert's share of activation mass.
+    With power p the layers regress norm ** p. p = 1 is the paper's. With p = 0.5 the squared error is not dominated by
+    the large norms, which helps because dynamic_k compares norms with the largest one.
+
+    Why norms: y is the sum of the experts' outputs, so leaving some out changes y by at most the sum of their norms.
     """
 
-    def __init__(self, d: int, width: int, num_experts: int, target: str):
+    def __init__(self, d: int, width: int, num_experts: int, power: float = 1.0):
         super().__init__()
-        self.target = target
-        self.fc1 = nn.Linear(d, width, bias=False)
-        self.fc2 = nn.Linear(width, num_experts, bias=False)
+        self.power = power
+        self.fc1 = Linear(d, width, bias=False)
+        self.fc2 = Linear(width, num_experts, bias=False)
 
-    def raw(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., E], what the training loss is put on"""
-        z = self.fc1(x)
-        return self.fc2(z.tanh() if self.target == "share" else F.relu(z))
+    def powered_norms(self, x: Tensor) -> Tensor:
+        """x [..., d] -> predicted norm ** power [..., E], which is what training compares with the truth"""
+        return self.fc2(F.relu(self.fc1(x))).abs()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> norms [..., E], never negative"""
-        raw = self.raw(x).float()
-        if self.target == "share":
-            return raw.sigmoid()
-        return raw.square() if self.target == "sqrt" else raw.abs()
+        """x [..., d] -> predicted norms [..., E]"""
+        r = self.powered_norms(x)
+        return r if self.power == 1 else r ** (1 / self.power)
 
 
 def dynamic_k(norms: Tensor, tau: float) -> Tensor:
-    """Run the experts whose predicted norm is not small beside the token's largest: r_e >= (1 - tau) max_j r_j.
+    """Executes expert e iff r_e >= (1 - tau) max_j r_j, for every token by itself. (The paper's threshold is our 1 - tau.)
 
-    Equation (5); the paper writes its threshold for 1 - tau. tau = 1 runs all experts, tau = 0 the best one.
-    norms [..., E], finite, not negative -> executed [..., E] bool, at least one True a token. Raises ValueError unless 0 <= tau <= 1.
+    tau = 1 runs all experts, tau = 0 only the best, and at least one always runs; no retraining is needed to change it.
+    Norms 8, 3.9, 0.5, 0.3 at tau = 0.9: the threshold is 0.8, and two experts run. 2, 1.9, 1.8, 1.7: all four run.
+
+    norms [..., E] -> executed [..., E] bool. Raises ValueError unless 0 <= tau <= 1.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must be between 0 and 1, not {tau}")
-    return norms >= (1 - tau) * norms.amax(-1, keepdim=True)
+    # "not below" instead of "at least", so that a router that predicts nan runs every expert and not none.
+    return ~(norms < (1 - tau) * norms.amax(-1, keepdim=True))
 
 
 def top_k(norms: Tensor, k: int) -> Tensor:
-    """Run the k experts with the largest norms, the same number for every token: MoEfication's rule.
+    """Executes the k experts with the largest norms, as many for every token: MoEfication's rule.
 
     norms [..., E] -> executed [..., E] bool. Raises ValueError unless 1 <= k <= E.
     """
@@ -177,57 +219,66 @@ def top_k(norms: Tensor, k: int) -> Tensor:
     return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, norms.topk(k).indices, True)
 
 
-class Gate(NamedTuple):
-    """How a converted model chooses experts: Gate(dynamic_k, 0.9), Gate(top_k, 8). The default runs all of them."""
+class MoEficationRouter(nn.Module):
+    """The baseline's router, a classifier: two linear layers without bias, tanh between, one logit per expert."""
 
-    rule: Callable[[Tensor, float], Tensor] = dynamic_k
-    value: float = 1.0  # tau of dynamic_k or k of top_k
-    oracle: bool = False  # apply the rule to the true norms, which cost as much as running everything, not to the router's
+    def __init__(self, d: int, width: int, num_experts: int):
+        super().__init__()
+        self.fc1 = Linear(d, width, bias=False)
+        self.fc2 = Linear(width, num_experts, bias=False)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., E]"""
+        return self.fc2(self.fc1(x).tanh())
 
-def expert_norms(a: Tensor, w2: Tensor) -> Tensor:
-    """The L2 norm of every expert's output, || a_e W2_e ||: what a router is to predict, equation (3).
-
-    a [N, E, h], w2 [E, h, d] -> [N, E]. Through the Gram matrix, ||a W||^2 = a (W W^T) a^T, so that no [N, E, d] is made.
-    """
-    gram = w2 @ w2.transpose(1, 2)  # [E, h, h]
-    squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)
-    return squared.clamp(min=0).sqrt()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> scores between 0 and 1 [..., E]"""
+        return self.logits(x).sigmoid()
 
 
 class DynamicKMoE(nn.Module):
-    """A two-layer MLP cut into E experts of h neurons, and the router that selects among them.
+    """An MLP cut into E experts of h neurons each, and the router whose norms decide which of them a token runs.
 
-    The experts' outputs are summed without weights: the router only selects. With all experts executed this is the
-    dense layer that it was split from.
+    The experts' outputs are added without weights, unlike in a Switch or Mixtral layer: the router only selects, so that
+    with all experts executed this is the dense layer it was cut from. Raises ValueError if E does not divide d_ff.
     """
 
-    def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router_width: int, router_target: str):
+    def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
         super().__init__()
-        self.activation = activation
-        h = d_ff // num_experts
-        self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))
-        self.b1 = nn.Parameter(torch.zeros(num_experts, h))
-        self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))
-        self.b2 = nn.Parameter(torch.zeros(d))
-        self.router = Router(d, router_width, num_experts, router_target)
+        if num_experts < 1 or d_ff % num_experts:
+            raise ValueError(f"{num_experts} experts do not divide {d_ff} neurons evenly")
+        self.activation, h = activation, d_ff // num_experts
+        self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron
+        self.b1 = nn.Parameter(torch.zeros(num_experts, h))  # [E, h]
+        self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron here too
+        self.b2 = nn.Parameter(torch.zeros(d))  # [d], not per expert: it is added once
+        self.router = router
+
+    def forward(self, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool. Without a gate every expert runs and no router is asked."""
+        (B, T, d), E = x.shape, len(self.w1)
+        x = x.reshape(B * T, d)  # [N, d]
+        executed = None if gate is None else gate(self.router(x))  # [N, E]
+        y = expert_ffn(x, self.w1, self.b1, self.w2, executed, self.activation) + self.b2  # [N, d]
+        if executed is None:
+            executed = x.new_ones(B * T, E, dtype=torch.bool)  # [N, E]
+        return y.view(B, T, d), executed.view(B, T, E)
 
     def activations(self, x: Tensor) -> Tensor:
         """Of all experts: x [N, d] -> a [N, E, h]"""
         z = F.linear(x, self.w1.flatten(0, 1), self.b1.flatten())  # [N, E*h]
-        return ACTIVATIONS[self.activation](z).unflatten(1, self.b1.shape)
+        return ACTIVATIONS[self.activation](z).unflatten(1, self.b1.shape)  # [N, E, h]
 
-    def forward(self, x: Tensor, gate: Gate = Gate()) -> tuple[Tensor, Tensor]:
-        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool"""
-        B, T, d = x.shape
-        x = x.reshape(B * T, d)  # [N, d]
-        if gate == Gate():  # tau = 1: all experts run, whatever the router says
-            y = expert_ffn(x, self.w1, self.b1, self.w2, None, self.activation) + self.b2  # [N, d]
-            return y.view(B, T, d), torch.ones(B, T, len(self.w1), dtype=torch.bool, device=x.device)
-        norms = expert_norms(self.activations(x), self.w2) if gate.oracle else self.router(x)  # [N, E]
-        executed = gate.rule(norms, gate.value)  # [N, E]
-        y = expert_ffn(x, self.w1, self.b1, self.w2, executed, self.activation) + self.b2  # [N, d]
-        return y.view(B, T, d), executed.view(B, T, -1)
+    def expert_norms(self, x: Tensor) -> Tensor:
+        """The true norms ||W2_e act(W1_e x + b1_e)||, which the router learns to predict: x [N, d] -> [N, E].
+
+        With y_e = a_e W2_e, the square is |y_e|^2 = a_e (W2_e W2_e^T) a_e^T: h^2 operations per token instead of h d,
+        and no [N, E, d] in memory.
+        """
+        a = self.activations(x)  # [N, E, h]
+        gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
+        squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)  # [N, E]
+        return squared.clamp(min=0).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,248 +286,480 @@ class DynamicKMoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer; preallocated: new ones are written in place."""
+    """Keys and values of the tokens seen so far, in buffers [n_layer, B, nh, block_size, hs] that are allocated once."""
 
-    def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_head, config.block_size, head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held
+    def __init__(self, config: GPTConfig, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0  # tokens held; GPT.hidden advances it once all layers have written theirs
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v [B, nh, T, hs]; returns all keys and values of this layer [B, nh, length + T, hs]."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
-    """GPT-2's attention: four d x d projections, linear or converted to experts, around PyTorch's attention."""
+    """Multi-head causal self-attention. Its four d x d projections are linear, or each is an MLP or a DynamicKMoE."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.n_head = config.n_head
-        self.converted = config.attention_experts > 0
-        d = config.n_embd
-        if self.converted:
-            sizes = (d, config.projection_width, config.attention_experts, "relu")
-            router = (config.attention_router_width, config.router_target)
-            self.q, self.k, self.v, self.o = (DynamicKMoE(*sizes, *router) for _ in range(4))
+        self.n_head, self.layer, self.linear = config.n_head, layer, config.projections == "linear"
+        d, m, E = config.n_embd, config.projection_width, config.projection_experts
+        if self.linear:
+            self.c_attn = Linear(d, 3 * d, bias=config.bias)  # q, k and v in one
+            self.c_proj = Linear(d, d, bias=config.bias)
+        elif config.projections == "mlp":
+            self.q, self.k, self.v, self.o = (MLP(d, m, "relu", "hoyer") for _ in range(4))
         else:
-            self.c_attn = nn.Linear(d, 3 * d, bias=config.bias)
-            self.c_proj = nn.Linear(d, d, bias=config.bias)
+            routers = [Router(d, config.projection_router_width, E, config.router_power) for _ in range(4)]
+            self.q, self.k, self.v, self.o = (DynamicKMoE(d, m, E, "relu", router) for router in routers)
 
-    def qkv(self, x: Tensor, gate: Gate) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """x [B, T, d] -> q, k, v [B, T, d] and the experts executed for each, none if the projection is linear"""
-        if not self.converted:
-            return *self.c_attn(x).split(x.shape[-1], dim=-1), {}
-        (q, ran_q), (k, ran_k), (v, ran_v) = self.q(x, gate), self.k(x, gate), self.v(x, gate)
-        return q, k, v, {"q": ran_q, "k": ran_k, "v": ran_v}
+    def layers(self) -> list[nn.Module]:
+        return [] if self.linear else [self.q, self.k, self.v, self.o]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x [B, T, d] -> y [B, T, d], and the second value of each of layers()"""
+        if self.linear:
+            q, k, v = self.c_attn(x).split(x.shape[-1], dim=-1)  # [B, T, 3d] -> three of [B, T, d]
+            return self.c_proj(self.attend(q, k, v, cache)), []
+        (q, aux_q), (k, aux_k), (v, aux_v) = self.q(x, gate), self.k(x, gate), self.v(x, gate)
+        mixed = self.attend(q, k, v, cache)  # [B, T, d]
+        y, aux_o = self.o(mixed, gate)
+        if inputs is not None:
+            inputs += [x, x, x, mixed]
+        return y, [aux_q, aux_k, aux_v, aux_o]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """q, k, v [B, T, d] -> each token's mixture of the values up to itself [B, T, d]"""
         B, T, d = q.shape
         q, k, v = (t.view(B, T, self.n_head, d // self.n_head).transpose(1, 2) for t in (q, k, v))  # [B, nh, T, hs]
         mask = None
         if cache is not None:
-            start = cache.length
-            cache.k[layer, :, :, start : start + T] = k
-            cache.v[layer, :, :, start : start + T] = v
-            k, v = cache.k[layer, :, :, : start + T], cache.v[layer, :, :, : start + T]  # [B, nh, start+T, hs]
-            if start > 0 and T > 1:  # token i of the new ones sees the old ones and the new ones up to itself
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=q.device).tril(start)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # [B, nh, T, hs]
-        return y.transpose(1, 2).reshape(B, T, d)
-
-    def project(self, y: Tensor, gate: Gate) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output projection: y [B, T, d] -> [B, T, d] and the experts executed for it, none if it is linear"""
-        if not self.converted:
-            return self.c_proj(y), {}
-        y, ran = self.o(y, gate)
-        return y, {"o": ran}
+            k, v = cache.update(self.layer, k, v)  # [B, nh, length + T, hs]
+            if cache.length > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)  # [T, length + T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # [B, nh, T, hs]
+        return y.transpose(1, 2).reshape(B, T, d)  # [B, T, nh, hs] -> [B, T, d]
 
 
 class Block(nn.Module):
-    """GPT-2's, with layer norms in front: x + attention(ln_1 x), then that + feed_forward(ln_2 that)."""
+    """Pre-norm block: x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        d, d_ff, activation = config.n_embd, config.d_ff, config.activation
-        self.ln_1 = nn.LayerNorm(d, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(d, bias=config.bias)
-        self.mlp = (
-            DynamicKMoE(d, d_ff, config.num_experts, activation, config.router_width, config.router_target)
-            if config.num_experts
-            else MLP(d, d_ff, activation, config.penalty, config.bias)
-        )
+        d, E, width = config.n_embd, config.num_experts, config.router_width
+        self.ln_1 = nn.LayerNorm(d, config.layer_norm_epsilon, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(d, config.layer_norm_epsilon, bias=config.bias)
+        if E == 0:
+            self.mlp = MLP(d, config.d_ff, config.activation, config.penalty, config.bias)
+        else:
+            moefication = config.router == "moefication"
+            router = MoEficationRouter(d, width, E) if moefication else Router(d, width, E, config.router_power)
+            self.mlp = DynamicKMoE(d, config.d_ff, E, config.activation, router)
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.attn.layers(), self.mlp]
 
     def forward(
-        self, x: Tensor, gate: Gate, cache: KVCache | None, layer: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """x [B, T, d] -> x [B, T, d], what this block measured, and the inputs of its layers.
-
-        measured: a dense block's penalty under "penalty" (scalar), and under "mlp", "q", "k", "v", "o" the experts [B, T, E]
-        that the converted layers executed. inputs [B, T, d]: of "qkv", "o" and "mlp", to train their stand-ins on.
-        """
-        inputs = {"qkv": self.ln_1(x)}
-        q, k, v, measured = self.attn.qkv(inputs["qkv"], gate)
-        inputs["o"] = self.attn.attend(q, k, v, cache, layer)
-        y, ran = self.attn.project(inputs["o"], gate)
-        measured |= ran
+        self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x [B, T, d] -> x [B, T, d], and the second value of each of layers()"""
+        y, aux = self.attn(self.ln_1(x), gate, cache, inputs)
         x = x + y
-        inputs["mlp"] = self.ln_2(x)
-        if isinstance(self.mlp, DynamicKMoE):
-            y, measured["mlp"] = self.mlp(inputs["mlp"], gate)
-        else:
-            y, measured["penalty"] = self.mlp(inputs["mlp"])
-        return x + y, measured, inputs
+        normed = self.ln_2(x)
+        if inputs is not None:
+            inputs.append(normed)
+        y, a = self.mlp(normed, gate)
+        return x + y, [*aux, a]
 
 
 class GPT(nn.Module):
-    """GPT-2: `model(idx)` for logits, `model.hidden(idx)` for what happens inside. Raises ValueError for a bad config."""
+    """GPT-2, dense or converted. `logits, aux = model(idx, gate)`; aux has one tensor for each of model.layers()."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        config.check()
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if name.endswith(("weight", "w1", "w2")) and p.dim() > 1 and "router" not in name:
-                # GPT-2's: smaller where 2 * n_layer additions pile up on the residual stream
+            if "router" in name:
+                continue  # keeps PyTorch's own start, which suits a regression on its own
+            if name.endswith(("weight", "w1", "w2")) and p.dim() > 1:
+                # As in GPT-2: the layers that write to the residual stream start smaller by sqrt(2 n_layer).
                 residual = name.endswith(("c_proj.weight", "w2"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(
-        self, idx: Tensor, gate: Gate = Gate(), cache: KVCache | None = None
-    ) -> tuple[Tensor, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-        """idx [B, T] -> x [B, T, d] before the LM head, and for each block what it measured and its layers' inputs.
+    def layers(self) -> list[nn.Module]:
+        """Every MLP or DynamicKMoE, block by block: q, k, v and o where the projections are not linear, then mlp."""
+        return [layer for block in self.transformer.h for layer in block.layers()]
 
-        With a cache, idx continues the tokens it holds, and their keys and values are added to it.
-        Raises ValueError if the tokens do not fit into block_size.
+    def hidden(
+        self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """idx [B, T] -> the states before the LM head [B, T, d], and for each of layers() what it returned beside its
+        output: an MLP its penalty (scalar), a DynamicKMoE its executed experts [B, T, E] bool.
+
+        With a cache, idx continues the tokens that it holds. A list given as `inputs` is filled with what each of
+        layers() reads, [B, T, d]. Raises ValueError if the tokens do not fit into block_size.
         """
-        B, T = idx.shape
-        start = cache.length if cache is not None else 0
+        T, start = idx.shape[1], cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into a context of {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)  # [T]
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # [B, T, d]
-        measured, inputs = [], []
-        for layer, block in enumerate(self.transformer.h):
-            x, m, i = block(x, gate, cache, layer)
-            measured.append(m)
-            inputs.append(i)
+        aux = []
+        for block in self.transformer.h:
+            x, block_aux = block(x, gate, cache, inputs)
+            aux += block_aux
         if cache is not None:
             cache.length += T
-        return self.transformer.ln_f(x), measured, inputs
+        return self.transformer.ln_f(x), aux
 
-    def forward(self, idx: Tensor, gate: Gate = Gate()) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """idx [B, T] -> logits [B, T, V] and what each block measured (see Block)"""
-        x, measured, _ = self.hidden(idx, gate)
-        return self.lm_head(x), measured
+    def forward(
+        self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, last_only: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """idx [B, T] -> logits [B, T, V] ([B, 1, V] with last_only), and what hidden returns beside the states"""
+        x, aux = self.hidden(idx, gate, cache)
+        return self.lm_head(x[:, -1:] if last_only else x), aux
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    gate: Gate = Gate(),
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
-) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
-    """Continues idx [B, T]; yields each new token [B, 1] with what every block measured [B, 1, E] in predicting it.
+    model: GPT, idx: Tensor, max_new_tokens: int, gate: Gate | None = None, temperature: float = 1.0,
+    top_k_tokens: int | None = None, generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:  # fmt: skip
+    """Continues idx [B, T]; yields each new token [B, 1] with the experts that predicting it executed, [B, 1, E] bool for
+    each of model.layers() (an empty list if the model is dense).
 
-    temperature 0 takes the likeliest token; top_k samples among the k likeliest. Within block_size only the new token is
-    computed. Past it the window of the last block_size tokens slides, every token's position changes with it, and so
-    the window is computed afresh for each token; use_cache=False does that from the start.
+    temperature 0 takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size tokens the cache
+    serves. After that the window slides, all positions change, and the whole window is recomputed for each token.
+    Raises ValueError for an empty prompt, a negative temperature or top_k_tokens below 1.
     """
-    block_size = model.config.block_size
-    p = model.transformer.wte.weight
-    cache = KVCache(model.config, len(idx), p.device, p.dtype) if use_cache else None
-    new = idx = idx[:, -block_size:]  # [B, T]
+    if idx.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token")
+    if temperature < 0 or (top_k_tokens is not None and top_k_tokens < 1):
+        raise ValueError(f"temperature must be at least 0 and top_k_tokens at least 1, not {temperature} and {top_k_tokens}")
+    config, weight = model.config, model.lm_head.weight
+    cache = KVCache(config, len(idx), weight.device, weight.dtype)
+    new = idx = idx[:, -config.block_size :]  # [B, T]
     for _ in range(max_new_tokens):
-        if cache is not None and cache.length + new.shape[1] > block_size:
-            cache = None
-        x, measured, _ = model.hidden(new if cache is not None else idx, gate, cache)
-        logits = model.lm_head(x[:, -1]).float()  # [B, V]
+        if cache.length + new.shape[1] > config.block_size:
+            cache.length, new = 0, idx
+        logits, aux = model(new, gate, cache, last_only=True)
+        logits = logits[:, -1].float()  # [B, V]
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)  # [B, 1]
         else:
             logits = logits / temperature
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]
+            if top_k_tokens is not None:
+                kth = logits.topk(min(top_k_tokens, logits.shape[-1])).values[:, -1:]  # [B, 1]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # [B, 1]
-        idx = torch.cat((idx, new), dim=1)[:, -block_size:]  # [B, T]
-        yield new, [{name: m[name][:, -1:] for name in m if name != "penalty"} for m in measured]
+        idx = torch.cat((idx, new), dim=1)[:, -config.block_size :]  # [B, T]
+        yield new, [executed[:, -1:] for executed in aux] if config.num_experts else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it costs
+def flops_per_token(config: GPTConfig, context: float, executed: list[float] | None = None) -> float:
+    """Floating-point operations for one token that attends to `context` tokens: matrix multiplies only (projections,
+    attention, feed-forward, routers, LM head); a multiply-add counts as 2.
 
-
-def flops_per_token(config: GPTConfig, context: float, counts: list[dict[str, float]] | None = None) -> float:
-    """Floating-point operations of the matrix multiplies for one token that attends to `context` tokens; a
-    multiply-add is two. Counted: projections, attention, feed-forward, routers, LM head.
-
-    counts: for every block the mean number of experts a token executed, by layer name as in Block; None: the dense model.
+    executed: for each of model.layers(), the mean number of experts a token executed; the routers then count too. None:
+    the dense model, or the converted one without a gate.
     """
-    d, V = config.n_embd, config.vocab_size
-    attention, linear = 2 * 2 * context * d, 2 * 4 * d * d  # scores and mixture; the four projections
-    total = 2 * d * V + config.n_layer * attention
-    if counts is None:
-        return total + config.n_layer * (linear + 2 * 2 * d * config.d_ff)
-    for block in counts:
-        if not config.attention_experts:
-            total += linear
-        for name, count in block.items():
-            E, neurons, width = config.experts(name)
-            total += 2 * (d * width + width * E) + count * 2 * 2 * d * neurons / E
+    d, layers = config.n_embd, config.n_layer
+    total = 2 * d * config.vocab_size + layers * 2 * (2 * context * d)  # LM head; scores and mixture of values
+    if executed is None:
+        return total + layers * 2 * (4 * d * d + 2 * d * config.d_ff)
+    sizes = [(config.num_experts, config.d_ff, config.router_width)]  # of the layers of one block
+    if config.projections == "moe":
+        sizes = [(config.projection_experts, config.projection_width, config.projection_router_width)] * 4 + sizes
+    else:
+        total += layers * 2 * (4 * d * d)
+    for (E, neurons, width), count in zip(sizes * layers, executed, strict=True):
+        total += 2 * (d * width + width * E) + count / E * 2 * (2 * d * neurons)
     return total
 
 
-def executed_share(config: GPTConfig, counts: list[dict[str, float]]) -> float:
-    """Share of all experts that ran, from the same numbers as `flops_per_token`."""
-    return sum(sum(block.values()) for block in counts) / sum(config.experts(name)[0] for block in counts for name in block)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# GPT-2's own weights
+# Files: ours, nanoGPT's, Hugging Face's. Each is computed exactly or refused with the reason.
 
 
-def from_gpt2(state_dict: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and our state dict for the weights of a Hugging Face GPT2LMHeadModel or GPT2Model (any size).
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only when it is complete and on disk, so that a crash or a full disk leaves the
+    old file or the new one, never half of one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "x+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; an older file is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
-    Its linear layers are stored as [in, out] ("Conv1D") and are transposed here; the causal mask it keeps in buffers is
-    dropped; the head is tied to wte. Raises KeyError or ValueError where names or shapes are not GPT-2's.
+
+def keep_previous(path: Path) -> Path | None:
+    """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on, so
+    that writing over it loses nothing. -> that name, or None if there is no file. Raises OSError."""
+    if not path.exists():
+        return None
+    number = 1
+    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{number}' if number > 1 else ''}")):
+        number += 1
+    try:
+        os.link(path.resolve(), kept)
+    except OSError:  # a file system without hard links, or a link to another one
+        shutil.copyfile(path, kept)
+    return kept
+
+
+def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
+    """Weights, config and `rest` (plain numbers, strings, tensors, lists and dicts of them) in one file, atomically.
+    Raises OSError."""
+    with atomic_write(Path(path)) as f:
+        torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError for anything but a JSON object, OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def read_weights(path: Path) -> dict:
+    """The dict in a file of torch.save or safetensors, on the CPU. Nothing in it is executed. Raises ValueError, OSError."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"checksum of {damaged} is wrong")
+        with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
+            warnings.simplefilter("ignore")
+            raw = torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
+    except ImportError:
+        raise ValueError(f"{path} needs a package: pip install safetensors") from None
+    except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
+        if isinstance(error, OSError) and error.filename is not None:  # it could not be opened
+            raise
+        if found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
+            raise ValueError(
+                f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, as "
+                "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
+            ) from None
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
+    return raw
+
+
+def bare(weights: dict, source: str | Path) -> dict[str, Tensor]:
+    """State dict without the prefixes of torch.compile and DataParallel and without causal masks. Raises ValueError."""
+    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
+    if any("lora_" in k for k in weights):
+        raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
+    if others := [k for k, w in weights.items() if not isinstance(w, Tensor)]:
+        raise ValueError(f"{source} is not a checkpoint that is known here: {', '.join(others[:5])} should be tensors")
+    masks = re.compile(r"\.attn\.(masked_)?bias$")
+    return {k: w for k, w in weights.items() if not (masks.search(k) and w.dim() != 1)}
+
+
+def tie_of(weights: dict[str, Tensor]) -> dict[str, bool]:
+    """Whether the LM head is the token embedding, as a field of the config; `weights` gets a head where it has none."""
+    wte = weights.get("transformer.wte.weight")
+    return {} if wte is None else {"tie_weights": torch.equal(weights.setdefault("lm_head.weight", wte), wte)}
+
+
+def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
+    """Raises ValueError if a field is missing, or one is set that we do not know and that may change the computation."""
+    if missing := required - given.keys():
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}: it is of no format that is known here")
+    if unknown := sorted(str(k) for k, value in given.items() if k not in allowed and value):
+        raise ValueError(f"{what} sets {', '.join(unknown)}: not implemented here, so it would compute something else")
+
+
+# Of a GPT-2's config.json: activations by our names, and the fields that change the computation, with the only value
+# that is implemented. (What transformers does not read for a GPT-2 changes nothing.)
+HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+HF_FIXED = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
+            "add_cross_attention": False, "quantization_config": None, "auto_map": None}  # fmt: skip
+GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}  # by (n_layer, n_embd)
+
+
+def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
+    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json `hf`.
+
+    Weights do not tell n_head, the activation or the epsilon, so without a config.json only the shapes that OpenAI
+    (and distilgpt2) published are accepted. Raises ValueError for whatever is not GPT-2's.
     """
-    sd = {name.removeprefix("transformer."): t for name, t in state_dict.items()}
-    ours = {}
-    for name, t in sd.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue
-        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        ours[f"transformer.{name}"] = t.t().contiguous() if conv1d else t
-    ours["lm_head.weight"] = ours["transformer.wte.weight"]
-    vocab_size, d = sd["wte.weight"].shape
-    if d % 64:
-        raise ValueError(f"n_embd {d} is not a multiple of 64, the head size of every GPT-2")
-    config = GPTConfig(
-        block_size=sd["wpe.weight"].shape[0],
-        vocab_size=vocab_size,
-        n_layer=len({name.split(".")[1] for name in sd if name.startswith("h.")}),
-        n_head=d // 64,
-        n_embd=d,
-        activation="gelu_tanh",
-    )
-    return config, ours
+    if hf is not None:
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's architecture is implemented here")
+        check_fields(hf, {"n_layer", "n_head", "n_embd"}, hf.keys(), f"{source}/config.json")
+        wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
+        if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):
+            wrong["activation_function"] = activation
+        if wrong:
+            raise ValueError(f"{source}/config.json sets {wrong}: not implemented here, so it would compute something else")
+    sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
+    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys():
+        raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
+    if any(w.dim() != 2 for w in (sd["wte.weight"], sd["wpe.weight"], sd["h.0.attn.c_attn.weight"])):
+        raise ValueError(f"{source} does not hold a GPT-2: its embeddings and projections must be matrices")
+    (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
+    n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})
+    if hf is None:
+        if sd["h.0.attn.c_attn.weight"].shape == (3 * d, d):
+            raise ValueError(f"{source} holds nanoGPT's weights without its model_args, which alone tell n_head: save both")
+        if (n_layer, d) not in GPT2_HEADS or (V, positions) != (50257, 1024):
+            raise ValueError(
+                f"{source} holds weights of {n_layer} layers of width {d} alone, which tell neither n_head nor the activation: "
+                "give the folder that save_pretrained wrote, with its config.json"
+            )
+        hf = {"n_head": GPT2_HEADS[n_layer, d]}
+    weights = {}
+    for k, w in sd.items():
+        conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
+        weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
+    tied = tie_of(weights)["tie_weights"]
+    if hf.get("tie_word_embeddings") and not tied:
+        raise ValueError(f"{source}: its config.json ties lm_head to wte, but its lm_head.weight differs from wte.weight")
+    config = dict(
+        block_size=hf.get("n_positions") or positions, vocab_size=hf.get("vocab_size") or V, n_layer=hf.get("n_layer", n_layer),
+        n_head=hf["n_head"], n_embd=hf.get("n_embd", d), d_ff=hf.get("n_inner") or 0, tie_weights=tied, bias=True, penalty="none",
+        activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")], layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
+    )  # fmt: skip
+    return {"model": weights, "config": config, "tokenizer": "gpt2" if V == 50257 else None}
+
+
+def recognise(raw: dict, source: str | Path) -> dict:
+    """What a loaded file is, by its own fields, in our format. Raises ValueError with the reason and the next step."""
+    fields, sizes = {f.name for f in dataclasses.fields(GPTConfig)}, {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
+        given = {k: v for k, v in raw["model_args"].items() if k != "dropout"}  # which an evaluation has not
+        check_fields(given, sizes, sizes | {"bias"}, f"{source}, nanoGPT's, in its model_args")
+        weights = bare(raw["model"], source)
+        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights} | {k: v for k, v in given.items() if k in fields}
+        tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
+        return {"model": weights, "config": config | tie_of(weights), "tokenizer": tokenizer}
+    if isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
+        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of the first edition
+        check_fields(raw["config"], sizes | {"bias", "activation", "penalty"}, fields | earlier, f"{source}, in its config,")
+        if raw["config"].get("num_experts") and raw["config"].keys() & earlier:
+            raise ValueError(f"{source} was converted by an earlier version: run convert.py again")
+        return raw | {"config": {k: v for k, v in raw["config"].items() if k in fields}}
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(raw.get(key), dict):
+            return recognise(raw[key], source)
+    return from_gpt2(raw, None, source)
+
+
+HUB = "https://huggingface.co/{repo}/resolve/main/pytorch_model.bin"
+GPT2_REPOS = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-community/gpt2-{s}" for s in ("medium", "large", "xl")}
+GPT2_REPOS |= {"distilgpt2": "distilbert/distilgpt2"}
+HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def download(name: str) -> dict:
+    """The weights of one of GPT2_REPOS, kept in torch.hub's cache. Raises OSError."""
+    url = HUB.format(repo=GPT2_REPOS[name])
+    try:  # file_name: all repositories call their file pytorch_model.bin
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name}.bin", weights_only=True)
+    except Exception as error:  # whatever the network, a proxy or a full disk raise
+        raise OSError(f"cannot load {url} ({error}): connect to the internet, or download it and give its path") from None
+
+
+def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "ckpt.pt")) -> dict:
+    """A checkpoint in our own format, {"model": weights, "config": fields of GPTConfig, ...}, whatever the source's is:
+
+    a folder with one of `names`, ours or nanoGPT's, or such a file; a folder that Hugging Face's save_pretrained wrote;
+    a file with GPT-2's weights; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, whose weights are downloaded.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError if it cannot be read.
+    """
+    path = Path(source).expanduser()
+    if str(source) in GPT2_REPOS and not path.exists():
+        return from_gpt2(download(str(source)), None, source)
+    if path.is_dir():
+        path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
+    if not path.exists():
+        if (path.parent / "adapter_config.json").exists():
+            raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
+        step = f"run convert.py --ckpt {path.parent} first" if path.with_name("ckpt.pt").exists() else "run train.py first"
+        raise FileNotFoundError(f"no checkpoint at {path}: {step}, or check the path (by name: {', '.join(GPT2_REPOS)})")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        raise ValueError(f"{path} is one shard of a model: give the folder")
+    hf_config = path.with_name("config.json")
+    if path.name.endswith(".index.json"):
+        index = read_json(path).get("weight_map")
+        shards = sorted({Path(str(shard)).name for shard in index.values()} if isinstance(index, dict) else ())
+        weights = {k: w for shard in shards for k, w in read_weights(path.with_name(shard)).items()}
+        return from_gpt2(weights, read_json(hf_config), source)
+    raw = read_weights(path)
+    try:
+        if path.suffix == ".safetensors" or path.name == "pytorch_model.bin":
+            return from_gpt2(raw, read_json(hf_config) if hf_config.exists() else None, source)
+        return recognise(raw, source)
+    except (AttributeError, IndexError, TypeError, RuntimeError) as error:  # values of types that no such file has
+        raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
+
+
+def build_model(checkpoint: dict, source: str | Path) -> GPT:
+    """The model of a checkpoint in our format, in eval mode. Raises ValueError where sizes and weights do not fit."""
+    weights = bare(checkpoint["model"], source)
+    try:
+        config = GPTConfig(**checkpoint["config"])
+        blocks = {k.split(".")[2] for k in weights if k.startswith("transformer.h.")}
+        if len(blocks) != config.n_layer:  # before a wrong n_layer builds a million of them
+            raise ValueError(f"weights of {len(blocks)} blocks for n_layer {config.n_layer}")
+        with torch.device("meta"):  # no memory before the shapes are known to fit
+            model = GPT(config)
+        model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} does not hold a model that fits its own sizes: {' '.join(str(error).split())[:300]}") from None
+    if config.tie_weights and not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+        raise ValueError(f"{source} says that lm_head is tied to wte, but their weights differ")
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight  # assign untied them
+    if not all(w.isfinite().all() for w in model.state_dict().values()):
+        raise ValueError(f"{source} has weights that are not finite")
+    return model.eval()
+
+
+def load_model(source: str | Path) -> GPT:
+    """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised: load_checkpoint.
+    A folder's d2dmoe.pt comes before its ckpt.pt."""
+    return build_model(load_checkpoint(source), source)

@@ -1,27 +1,31 @@
-"""Running only the selected experts of a feed-forward layer: `expert_ffn` and the ways it can be computed.
+"""Running only the selected experts of a feed-forward layer: `expert_ffn`, and the ways to compute it.
 
 For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of expert e,
 
     y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361)
 
-    masked_ffn    compute everything, then zero what was not selected: the definition, differentiable
-    dense_ffn     the same tuned for a CPU: where skipping would not pay
-    looped_ffn    one token on a CPU: multiply by the selected blocks of the weights where they lie, copy nothing
-    grouped_ffn   many tokens on a CPU: an expert gathers its own tokens, two matmuls, adds the result back
-    triton_ffn    a GPU: `group_tokens` lists each expert's tokens, one fused kernel runs all experts
+    masked_ffn    compute all experts, then zero the unselected ones: the definition, differentiable
+    dense_ffn     the same without gradients, for masks of which too little can be skipped
+    sampled_ffn   a few tokens on a CPU: read only the selected rows of both weight matrices, where they lie
+    looped_ffn    one token on a CPU, a few small experts: a plain loop
+    grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
+    triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
 
-Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons an expert;
-x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d] (row = one neuron, in both matrices), executed [N, E] bool.
+`linear` is F.linear, faster on a CPU for a few rows; the whole model uses it, dense or converted.
 
-`python kernels.py` checks every path against float64 and prints a benchmark against the dense layer.
+Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons per expert;
+x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d] (a row is a neuron, in both matrices), executed [N, E] bool.
+
+`python kernels.py` checks every path against float64 and prints benchmarks against the dense layer.
 """
 
 import argparse
 import functools
+import itertools
 import math
-import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -31,251 +35,440 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows have no Triton: everything but triton_ffn works
-    triton = None
+
+    jit = triton.jit
+except ImportError:  # macOS and Windows have no Triton: everything but triton_ffn works, the kernels below stay plain text
+    triton, jit = None, lambda kernel: kernel
+
+    class tl:
+        constexpr = None
+
 
 # "gelu" is the exact one (nanoGPT), "gelu_tanh" the approximation that OpenAI's GPT-2 was trained with.
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
-def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """The sum of the executed experts' outputs, without the bias b2: on a GPU by Triton, on a CPU by the path that is
-    fastest for this mask.
-
-    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d], all floats of one dtype.
-    Differentiable in x and the weights (where gradients are wanted the masked path runs).
-    Raises KeyError for an activation that is not in ACTIVATIONS.
-    """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2)):
-        return masked_ffn(x, w1, b1, w2, executed, activation)
-    if executed is None:
-        return dense_ffn(x, w1, b1, w2, None, activation)
-    if x.is_cuda and triton is not None:
-        return triton_ffn(x, w1, b1, w2, executed, activation)
-    if x.device.type == "cpu":
-        E, h, d = w1.shape
-        if executed.all():
-            executed = None
-        elif len(x) == 1:
-            experts = executed.nonzero()[:, 1].tolist()
-            if looping_pays(len(experts), E, h, d):
-                return looped_ffn(x, w1, b1, w2, experts, activation)
-        elif grouping_pays(executed, h, d):
-            return grouped_ffn(x, w1, b1, w2, executed, activation)
-        return dense_ffn(x, w1, b1, w2, executed, activation)
-    return masked_ffn(x, w1, b1, w2, executed, activation)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch: the reference, and the three CPU paths
+# The reference
 
 
 def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """The reference: all experts run as one dense layer and the activations of unselected ones are set to zero."""
+    """All experts run as one dense layer, then the activations of unselected ones are set to zero."""
     a = ACTIVATIONS[activation](F.linear(x, w1.flatten(0, 1), b1.flatten())).unflatten(1, b1.shape)  # [N, E, h]
     if executed is not None:
         a = a.masked_fill(~executed.unsqueeze(-1), 0)  # [N, E, h]
     return a.flatten(1) @ w2.flatten(0, 1)  # [N, E*h] @ [E*h, d] -> [N, d]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A linear layer for a few rows
+
+FEW_ROWS = 16  # with more, one large matmul is as good
+
+with warnings.catch_warnings(action="ignore"):  # PyTorch says once per process that this format is beta: now
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, x [..., in] -> [..., out], for every projection of the model. Generating text multiplies one row by all
+    weights, which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
+    sampled_addmm, asked for every entry, reads faster, on one thread too; for a few rows a batch of four uses several."""
+    if not reading_is_slow(x, weight):
+        return F.linear(x, weight, bias)
+    out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
+    if row.shape[1] == 1:
+        y = torch.sparse.sampled_addmm(every_entry(out), row[0].expand(4, -1), weight.t(), beta=0).values()  # [out]
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)  # [..., out]
+    n = out - out % 4
+    w4 = weight[:n].view(4, n // 4, -1).transpose(1, 2)  # [4, in, n/4]
+    x4 = row.expand(4, -1, -1)  # [4, N, in]
+    y = torch.bmm(x4, w4) if bias is None else torch.baddbmm(bias[:n].view(4, 1, -1), x4, w4)  # [4, N, n/4]
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], n)  # [..., n]
+    return y if n == out else torch.cat((y, F.linear(x, weight[n:], None if bias is None else bias[n:])), -1)  # [..., out]
+
+
+@functools.cache
+def every_entry(out: int) -> Tensor:
+    """The pattern that asks sampled_addmm for a product of one row: four equal rows of which each wants a quarter of the
+    entries, because it gives every thread some rows. Sparse [4, out]."""
+    quarters = torch.tensor([out * i // 4 for i in range(5)], device="cpu")
+    entries = torch.arange(out, device="cpu")
+    return torch.sparse_csr_tensor(quarters, entries, torch.zeros(out, device="cpu"), (4, out), check_invariants=False)
+
+
+def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot change
+    it and equal inputs give equal outputs; where it holds, no product was slower and large ones up to 2.5 times as fast."""
+    if torch.compiler.is_compiling():  # first: what follows would tie the compiled code to this number of rows
+        return False
+    rows = x.shape[:-1].numel()
+    return (
+        0 < rows <= min(FEW_ROWS, weight.numel() >> 15)  # a small weight is not worth the extra calls
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and weight.is_contiguous()
+        and (rows == 1 or torch.get_num_threads() > 1)
+        and torch.backends.mkl.is_available()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch without gradients: dense, and three ways to skip
+
+
+def activate_(z: Tensor, activation: str) -> Tensor:
+    """In place where PyTorch can: allocating a second [N, E*h] costs more than the activation."""
+    return F.relu_(z) if activation == "relu" else ACTIVATIONS[activation](z)
+
+
 def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """The same without gradients, as fast as the dense layer; executed is None where every expert runs."""
+    """masked_ffn without gradients, as fast as the dense layer; executed is None where every expert runs."""
     (N, d), (E, h, _) = x.shape, w1.shape
-    # On a CPU a thin matmul can run twice as fast as a batch of four; beyond a hundred tokens one large one is as good.
-    P = math.gcd(E, 4) if N <= 128 and x.device.type == "cpu" else 1
-    w1, b1, w2 = w1.reshape(P, -1, d), b1.reshape(P, 1, -1), w2.reshape(P, -1, d)  # [P, E*h/P, d], [P, 1, E*h/P]
-    z = torch.baddbmm(b1, x.expand(P, N, d), w1.transpose(1, 2))  # [P, N, E*h/P]
-    # In place: another [N, E*h] would cost more than the mask.
-    a = F.relu_(z) if activation == "relu" else ACTIVATIONS[activation](z)
+    a = activate_(linear(x, w1.flatten(0, 1), b1.flatten()), activation)  # [N, E*h]
     if executed is not None:
-        skipped = ~executed.reshape(N, P, E // P, 1).transpose(0, 1)  # [P, N, E/P, 1]
-        a.unflatten(2, (E // P, h)).masked_fill_(skipped, 0)  # [P, N, E/P, h]
-    y = torch.bmm(a, w2)  # [P, N, d]
-    return y.sum(0) if P > 1 else y[0]  # [N, d]
+        a.view(N, E, h).masked_fill_(~executed.unsqueeze(-1), 0)
+    w2 = w2.flatten(0, 1)  # [E*h, d]
+    if E * h % 4 or not reading_is_slow(a, w2):
+        return a @ w2  # [N, d]
+    if N == 1 and w2.numel() <= 1 << 20:  # the faster reader of the two, of a small matrix
+        return F.embedding_bag(torch.arange(E * h).view(4, -1), w2, mode="sum", per_sample_weights=a.view(4, -1)).sum(0, True)
+    return torch.bmm(a.view(N, 4, -1).transpose(0, 1), w2.view(4, -1, d)).sum(0)  # [4, N, E*h/4] @ [4, E*h/4, d] -> [N, d]
+
+
+def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """A few tokens. Their cost is reading weights, so only the selected neurons' are read, and where they lie: of x W1^T
+    the selected entries are computed, then the selected rows of W2 are added up, weighted by the activations."""
+    (N, d), (E, h, _) = x.shape, w1.shape
+    if N == 0:  # a sparse matrix must have rows
+        return torch.empty_like(x)
+    neurons = torch.arange(E * h).view(E, h)  # numbered as the rows of w1 and w2 seen as [E*h, d]
+    if executed is None:
+        neurons = neurons.expand(N, E, h).flatten()  # [N*E*h]
+        ends = [E * h * n for n in range(N + 1)]  # [N+1], where each token's neurons begin, and the last one's end
+    else:
+        neurons = neurons.index_select(0, executed.nonzero()[:, 1]).flatten()  # [pairs*h], token by token
+        ends = [0, len(neurons)] if N == 1 else [0, *(h * executed.sum(1).cumsum(0)).tolist()]
+    if N == 1:  # four equal rows, as in `linear`
+        x, ends = x.expand(4, d), [len(neurons) * i // 4 for i in range(5)]
+    ends = torch.tensor(ends)
+    wanted = torch.sparse_csr_tensor(ends, neurons, b1.flatten()[neurons], (len(x), E * h), check_invariants=False)
+    z = torch.sparse.sampled_addmm(wanted, x, w1.view(E * h, d).t()).values()  # [pairs*h], bias included
+    a = activate_(z, activation)
+    y = F.embedding_bag(neurons, w2.view(E * h, d), ends, mode="sum", per_sample_weights=a, include_last_offset=True)
+    return y.sum(0, keepdim=True) if N == 1 else y  # [N, d]
 
 
 def looped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, experts: list[int], activation: str) -> Tensor:
-    """One token, x [1, d]. A decode step is bound by reading weights, so it reads those of the selected experts only."""
-    # Two experts at a time, as a strided batch of two that is a view of the weights: a batched matmul then gives each of
-    # two cores a whole expert to read. An odd one at the end is cut into halves, where it has any.
-    d, activate = x.shape[1], F.relu_ if activation == "relu" else ACTIVATIONS[activation]
-    w1_t, b1_row, both = w1.transpose(1, 2), b1.unsqueeze(1), x.expand(2, 1, d)  # [E, d, h], [E, 1, h], [2, 1, d]
-    out = x.new_zeros(2, 1, d)
-    for i, j in zip(experts[::2], experts[1::2]):
-        two = slice(i, j + 1, j - i)
-        out.baddbmm_(activate(torch.bmm(both, w1_t[two]).add_(b1_row[two])), w2[two])  # [2, 1, h] @ [2, h, d]
-    if len(experts) % 2:
-        e, parts = experts[-1], 2 if w1.shape[1] % 2 == 0 else 1
-        first, bias, second = (w[e].unflatten(0, (parts, -1)) for w in (w1, b1, w2))  # [2, h/2, d], [2, h/2], [2, h/2, d]
-        z = torch.bmm(both[:parts], first.transpose(1, 2)).add_(bias.unsqueeze(1))  # [2, 1, h/2]
-        out[:parts].baddbmm_(activate(z), second)
-    return out.sum(0)  # [1, d]
+    """One token, x [1, d], on one thread."""
+    y = torch.zeros_like(x[0])  # [d]
+    for e in experts:
+        a = activate_(torch.addmv(b1[e], w1[e], x[0]), activation)  # [h]
+        y = torch.addmv(y, w2[e].t(), a)  # [d]
+    return y.unsqueeze(0)  # [1, d]
 
 
-def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    """Every expert runs on its own tokens: one gather, two matmuls, one scatter-add an expert."""
-    out = torch.zeros_like(x)
-    expert_of, token_of = executed.t().nonzero(as_tuple=True)  # the selected pairs, expert by expert
-    counts = torch.bincount(expert_of, minlength=len(w1)).tolist()
+def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """Every expert runs on its own tokens: per expert one gather, two matmuls, one scatter-add."""
+    if executed is None:
+        return dense_ffn(x, w1, b1, w2, None, activation)  # all tokens are every expert's own
+    y = torch.zeros_like(x)
+    expert_of, token_of = executed.t().nonzero(as_tuple=True)  # both [pairs], expert by expert
+    counts = torch.bincount(expert_of, minlength=len(w1)).tolist()  # n_e, tokens of each expert
     for e, tokens in enumerate(token_of.split(counts)):
         if counts[e]:
-            a = ACTIVATIONS[activation](torch.addmm(b1[e], x.index_select(0, tokens), w1[e].t()))  # [n_e, h]
-            out.index_add_(0, tokens, a @ w2[e])  # [n_e, d] into [N, d]
-    return out
-
-
-# When is a CPU faster running only the selected experts than running all of them as one dense layer with a mask? Where
-# the sum of these costs is smaller. They are in multiply-adds of a large dense layer, of which the two cores that they
-# were measured on do 80 a nanosecond; a call and a byte cost the same in any layer, so they hold for all sizes.
-READ_ONE, READ_MANY = 20, 35  # reading a weight: as long as 20 multiply-adds for one token, 35 for a thin matrix of them
-LOOP_CALL = 6.5e5  # dispatching one expert's operators for one token
-GROUP_CALL = 1.4e6  # the same with a gather and a scatter-add
-GATHERED_ROW = 1.6  # a gathered row against a dense one: it is copied in, added back, and the matrices are thin
-# So small experts, or masks in which few tokens share an expert, run dense.
-
-
-def looping_pays(selected: int, E: int, h: int, d: int) -> bool:
-    """Whether looped_ffn over the selected experts is faster than dense_ffn over all E, for one token."""
-    return selected * (LOOP_CALL + READ_ONE * h * d) < E * h * d * (READ_ONE + 1)
-
-
-def grouping_pays(executed: Tensor, h: int, d: int) -> bool:
-    """Whether grouped_ffn is faster than dense_ffn for executed [N, E]."""
-    N, E = executed.shape
-    dense = E * h * d * (READ_MANY + N)
-    rows = GATHERED_ROW * h * d * int(executed.count_nonzero())
-    if rows > dense:  # tells most masks without looking at which experts are in use
-        return False
-    return int(executed.any(0).count_nonzero()) * (GROUP_CALL + READ_MANY * h * d) + rows < dense
+            a = activate_(F.linear(x.index_select(0, tokens), w1[e], b1[e]), activation)  # [n_e, h]
+            y.index_add_(0, tokens, a @ w2[e])  # [n_e, d] into [N, d]
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton
 
-if triton is not None:
+DECODE_TOKENS = 16  # up to so many tokens the work is reading weights; also the fewest rows that tl.dot takes everywhere
+PARTIAL_BYTES = 256 << 20  # at most, of experts' outputs waiting to be summed
 
-    @triton.jit
-    def _group_tokens(executed_ptr, tokens_ptr, counts_ptr, N, E, BLOCK: tl.constexpr):
-        """Program e writes the indices n with executed[n, e], in order, to tokens[e, :counts[e]]."""
-        e = tl.program_id(0)
-        tokens_ptr += e.to(tl.int64) * N
-        count = 0
-        for start in range(0, N, BLOCK):
-            n = start + tl.arange(0, BLOCK)  # [BLOCK]
-            selected = tl.load(executed_ptr + n.to(tl.int64) * E + e, mask=n < N, other=0).to(tl.int32)
-            slot = count + tl.cumsum(selected, 0) - 1  # running count = place in the list, so no sort
-            tl.store(tokens_ptr + slot, n, mask=selected != 0)
-            count += tl.sum(selected, 0)
-        tl.store(counts_ptr + e, count)
 
-    @triton.jit
-    def _fused_ffn(
-        x_ptr, w1_ptr, b1_ptr, w2_ptr, tokens_ptr, counts_ptr, out_ptr,
-        N, d, h,
-        ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    ):  # fmt: skip
-        """One program: BLOCK_N tokens of one expert through BLOCK_H of its neurons, both layers.
+@jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "gelu":
+        a = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1/sqrt(2)
+    else:  # gelu_tanh; (1 + tanh u) / 2 = sigmoid(2u)
+        a = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # 2 sqrt(2/pi)
+    return a
 
-        The activations stay on chip. Neurons are independent, so an expert may be split over several programs: each
-        adds its share of the output rows, in float32, and the order of these additions is the only thing undefined.
-        """
-        e = tl.program_id(0)
-        count = tl.load(counts_ptr + e)
-        first = tl.program_id(1) * BLOCK_N
-        if first >= count:  # the grid is sized for N tokens an expert, because the host never learns the counts
-            return
-        i = first + tl.arange(0, BLOCK_N)
-        n = tl.load(tokens_ptr + e.to(tl.int64) * N + i, mask=i < count, other=0).to(tl.int64)
-        neuron = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
-        row_mask, neuron_mask = (i < count)[:, None], (neuron < h)[:, None]
-        row = e.to(tl.int64) * h + neuron  # of w1 and w2 seen as [E*h, d]; 64 bits: E*h*d may pass 2^31
 
-        z = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-        for start in range(0, d, BLOCK_D):
-            c = start + tl.arange(0, BLOCK_D)
-            c_mask = (c < d)[None, :]
-            x = tl.load(x_ptr + n[:, None] * d + c[None, :], mask=row_mask & c_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-            w1 = tl.load(w1_ptr + row[:, None] * d + c[None, :], mask=neuron_mask & c_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
-            z = tl.dot(x, tl.trans(w1), z, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
-        z += tl.load(b1_ptr + row, mask=neuron < h, other=0.0).to(tl.float32)[None, :]
+@jit
+def _load_mask(executed_ptr, N, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """executed, whole, as integers [BLOCK_N, BLOCK_E]; each expert's place among those in use [BLOCK_E], -1 for the others;
+    how many are in use. Every program of a decode kernel finds its expert by this, so no list is made beforehand."""
+    n, e = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    ran = tl.load(executed_ptr + n * E + e, mask=(n < N) & (e < E), other=0).to(tl.int32)  # [BLOCK_N, BLOCK_E]
+    used = tl.max(ran, 0)  # [BLOCK_E]
+    return ran, tl.where(used != 0, tl.cumsum(used, 0) - 1, -1), tl.sum(used, 0)
 
-        if ACTIVATION == "relu":
-            a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        elif ACTIVATION == "gelu":
-            a = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1/sqrt(2)
-        else:  # gelu_tanh; (1 + tanh u) / 2 = sigmoid(2u)
-            a = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # 2 sqrt(2/pi)
-        a = a.to(w2_ptr.dtype.element_ty)
 
-        for start in range(0, d, BLOCK_D):
-            c = start + tl.arange(0, BLOCK_D)
-            c_mask = (c < d)[None, :]
-            w2 = tl.load(w2_ptr + row[:, None] * d + c[None, :], mask=neuron_mask & c_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
-            y = tl.dot(a, w2, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-            tl.atomic_add(out_ptr + n[:, None] * d + c[None, :], y, mask=row_mask & c_mask, sem="relaxed")
+@jit
+def _decode_first(
+    x_ptr, w1_ptr, b1_ptr, executed_ptr, a_ptr,
+    N, d, E, h,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (j, i): BLOCK_H activations of the i-th expert in use, for all N <= BLOCK_N tokens. a is [N, E*h]; it is
+    written for every expert in use, with zeros for the tokens that don't run it, and stays unset for the others."""
+    ran, place, count = _load_mask(executed_ptr, N, E, BLOCK_N, BLOCK_E)
+    if tl.program_id(1) >= count:  # the grid assumes that all experts are in use, because the host never looks
+        return
+    experts = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    e = tl.sum(tl.where(place == tl.program_id(1), experts, 0), 0)
+    runs = tl.max(tl.where((experts == e)[None, :], ran, 0), 1) != 0  # [BLOCK_N], executed[:, e]
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    neuron = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H], within the expert
+    neuron_mask = neuron < h
+    row = e.to(tl.int64) * h + neuron  # [BLOCK_H], of w1 and w2 seen as [E*h, d]; 64 bits, as E*h*d may pass 2^31
 
-    def _config(BLOCK_N, BLOCK_H, BLOCK_D, num_warps, num_stages):
-        blocks = {"BLOCK_N": BLOCK_N, "BLOCK_H": BLOCK_H, "BLOCK_D": BLOCK_D}
-        return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+    z = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        c = start + tl.arange(0, BLOCK_D)  # [BLOCK_D], columns
+        c_mask = (c < d)[None, :]
+        x = tl.load(x_ptr + n[:, None] * d + c[None, :], mask=runs[:, None] & c_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        w1 = tl.load(w1_ptr + row[:, None] * d + c[None, :], mask=neuron_mask[:, None] & c_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
+        z = tl.dot(x, tl.trans(w1), z, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+    z += tl.load(b1_ptr + row, mask=neuron_mask, other=0.0).to(tl.float32)[None, :]
+    a = tl.where(runs[:, None], _activate(z, ACTIVATION), 0.0).to(a_ptr.dtype.element_ty)
+    tl.store(a_ptr + n[:, None].to(tl.int64) * (E * h) + row[None, :], a, mask=(n < N)[:, None] & neuron_mask[None, :])
 
-    # Three regimes, each with a short list to tune over. Decode is bound by memory: the fewest rows that tl.dot takes,
-    # few neurons a program so that a handful of experts fill the GPU. Prefill is bound by arithmetic: large blocks, each
-    # weight tile used by many tokens. IEEE float32 has no matrix units on NVIDIA: smaller blocks, or registers spill.
-    DECODE_TOKENS = 16
-    DECODE = [_config(16, 16, 128, 4, 3), _config(16, 16, 256, 4, 3), _config(16, 32, 128, 4, 3)]
-    PREFILL = [_config(64, 64, 64, 4, 3), _config(64, 128, 64, 4, 3), _config(128, 128, 64, 8, 3)]
-    PREFILL_FLOAT32 = [_config(64, 64, 32, 8, 2), _config(32, 64, 32, 4, 2), _config(64, 32, 32, 4, 2)]
 
-    def _tuned(configs):
-        if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no clock to tune by
-            configs = configs[:1]
-        # Tuned by the first call for these sizes, whatever its N is. Tuning runs the kernel many times on one output, so
-        # that is set to zero before each run.
-        return triton.autotune(configs, key=["d", "h"], reset_to_zero=["out_ptr"])(_fused_ffn)
+@jit
+def _decode_second(
+    a_ptr, w2_ptr, executed_ptr, y_ptr,
+    N, d, E, h,
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program j: BLOCK_D columns of the output, summed over the experts in use."""
+    ran, place, count = _load_mask(executed_ptr, N, E, BLOCK_N, BLOCK_E)
+    experts, n = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)  # [BLOCK_E], [BLOCK_N]
+    n_mask = (n < N)[:, None]
+    c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D], columns
+    c_mask = (c < d)[None, :]
+    blocks = tl.cdiv(h, BLOCK_H)  # of neurons in an expert
 
-    _decode_ffn, _prefill_ffn, _prefill_ffn_float32 = _tuned(DECODE), _tuned(PREFILL), _tuned(PREFILL_FLOAT32)
+    y = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in range(0, count * blocks):
+        e = tl.sum(tl.where(place == i // blocks, experts, 0), 0)
+        neuron = i % blocks * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+        row = e.to(tl.int64) * h + neuron  # [BLOCK_H]
+        a_mask, w2_mask = n_mask & (neuron < h)[None, :], (neuron < h)[:, None] & c_mask
+        a = tl.load(a_ptr + n[:, None].to(tl.int64) * (E * h) + row[None, :], mask=a_mask, other=0.0)  # [BLOCK_N, BLOCK_H]
+        w2 = tl.load(w2_ptr + row[:, None] * d + c[None, :], mask=w2_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
+        y = tl.dot(a, w2, y, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+    tl.store(y_ptr + n[:, None] * d + c[None, :], y.to(y_ptr.dtype.element_ty), mask=n_mask & c_mask)
 
-    def group_tokens(executed: Tensor) -> tuple[Tensor, Tensor]:
-        """executed [N, E] bool -> tokens [E, N] int32, counts [E] int32; tokens[e, :counts[e]] ascend, the rest is unset.
 
-        No sort, and no copy to the host: the counts stay on the GPU.
-        """
-        N, E = executed.shape
-        tokens = torch.empty(E, N, dtype=torch.int32, device=executed.device)
-        counts = torch.empty(E, dtype=torch.int32, device=executed.device)
-        block = min(4096, max(16, triton.next_power_of_2(N)))
-        _group_tokens[(E,)](executed.contiguous(), tokens, counts, N, E, BLOCK=block, num_warps=4)
-        return tokens, counts
+@jit
+def _group_tokens(executed_ptr, tokens_ptr, counts_ptr, N, E, BLOCK: tl.constexpr):
+    """Program e lists the tokens n with executed[n, e], in order, in tokens[e, :counts[e]]; N <= BLOCK."""
+    e = tl.program_id(0)
+    n = tl.arange(0, BLOCK)  # [BLOCK]
+    selected = tl.load(executed_ptr + n.to(tl.int64) * E + e, mask=n < N, other=0).to(tl.int32)  # [BLOCK]
+    slot = tl.cumsum(selected, 0) - 1  # the running count is the place in the list, so there is no sort
+    tl.store(tokens_ptr + e.to(tl.int64) * N + slot, n, mask=selected != 0)
+    tl.store(counts_ptr + e, tl.sum(selected, 0))
 
-    # A custom operator is opaque to torch.compile: no graph break, and Triton's own launcher and tuner do the work.
-    @torch.library.custom_op("d2dmoe::triton_ffn", mutates_args=())
-    def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-        """The Triton path of `expert_ffn`; float32, bfloat16 or float16, accumulated in float32.
 
-        No synchronization, so it can be captured in a CUDA graph (after one call outside, in which Triton tunes it).
-        float32 is IEEE arithmetic unless torch's own setting allows TF32. Raises KeyError for an unknown activation.
-        """
-        ACTIVATIONS[activation]
-        (N, d), (E, h, _) = x.shape, w1.shape
-        out = torch.zeros(N, d, dtype=torch.float32, device=x.device)
-        if N == 0:
-            return out.to(x.dtype)
-        prefill = _prefill_ffn_float32 if x.dtype == torch.float32 else _prefill_ffn
-        kernel = _decode_ffn if N <= DECODE_TOKENS else prefill
-        tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        grid = lambda meta: (E, triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(h, meta["BLOCK_H"]))  # noqa: E731
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            tokens, counts = group_tokens(executed)
-            kernel[grid](
-                x.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous(), tokens, counts, out, N, d, h,
-                ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee",
-            )  # fmt: skip
-        return out.to(x.dtype)
+@jit
+def _prefill_experts(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, tokens_ptr, counts_ptr, partial_ptr,
+    N, d, E, h,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (e, i, s): BLOCK_N tokens of expert e through slice s of its neurons, both layers; the activations stay on
+    chip. Its share of the output goes to rows of partial [N, E, S, d] that are its own, so nothing is added in memory."""
+    e, s, S = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    count = tl.load(counts_ptr + e)
+    first = tl.program_id(1) * BLOCK_N
+    if first >= count:  # the grid assumes N tokens per expert, because the counts stay on the GPU
+        return
+    i = first + tl.arange(0, BLOCK_N)  # [BLOCK_N], places in the expert's list
+    n = tl.load(tokens_ptr + e.to(tl.int64) * N + i, mask=i < count, other=0).to(tl.int64)  # [BLOCK_N], tokens
+    neuron = s * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H], within the expert
+    n_mask, neuron_mask = (i < count)[:, None], (neuron < h)[:, None]
+    row = e.to(tl.int64) * h + neuron  # [BLOCK_H], of w1 and w2 seen as [E*h, d]
 
-    @triton_ffn.register_fake
-    def _(x, w1, b1, w2, executed, activation):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    z = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        c = start + tl.arange(0, BLOCK_D)  # [BLOCK_D], columns
+        c_mask = (c < d)[None, :]
+        x = tl.load(x_ptr + n[:, None] * d + c[None, :], mask=n_mask & c_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        w1 = tl.load(w1_ptr + row[:, None] * d + c[None, :], mask=neuron_mask & c_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
+        z = tl.dot(x, tl.trans(w1), z, input_precision=PRECISION)  # [BLOCK_N, BLOCK_H]
+    z += tl.load(b1_ptr + row, mask=neuron < h, other=0.0).to(tl.float32)[None, :]
+    a = _activate(z, ACTIVATION).to(w2_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_H]
+
+    partial_row = (n * E + e) * S + s  # [BLOCK_N], of partial seen as [N*E*S, d]
+    for start in range(0, d, BLOCK_D):
+        c = start + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        c_mask = (c < d)[None, :]
+        w2 = tl.load(w2_ptr + row[:, None] * d + c[None, :], mask=neuron_mask & c_mask, other=0.0)  # [BLOCK_H, BLOCK_D]
+        y = tl.dot(a, w2, input_precision=PRECISION).to(partial_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
+        tl.store(partial_ptr + partial_row[:, None] * d + c[None, :], y, mask=n_mask & c_mask)
+
+
+@jit
+def _prefill_sum(partial_ptr, executed_ptr, y_ptr, d, E, S, BLOCK_D: tl.constexpr):
+    """Program (n, j): BLOCK_D columns of token n's output, the sum of its executed experts' rows in partial [N, E, S, d]."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    y = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(0, E * S):
+        ran = tl.load(executed_ptr + n * E + i // S) != 0  # the rows of others are unset
+        y += tl.load(partial_ptr + (n * E * S + i) * d + c, mask=(c < d) & ran, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n * d + c, y.to(y_ptr.dtype.element_ty), mask=c < d)
+
+
+# One fixed configuration for each kernel, chosen by counting bytes, registers and programs, not yet by a GPU's clock.
+# Decoding is bound by memory: few neurons or columns per program, so that a handful of experts occupies the GPU, and many
+# stages, so that a program keeps several blocks of weights under way. Prefill is bound by arithmetic: large blocks.
+# float32 cannot use tensor cores in IEEE arithmetic and takes twice the room: its blocks are smaller, or registers spill.
+HALF = {
+    "first": dict(BLOCK_H=16, BLOCK_D=256, num_warps=4, num_stages=5),
+    "second": dict(BLOCK_H=64, BLOCK_D=64, num_warps=4, num_stages=5),
+    "experts": dict(BLOCK_N=128, BLOCK_H=128, BLOCK_D=64, num_warps=8, num_stages=3),
+}
+FLOAT32 = {
+    "first": dict(BLOCK_H=16, BLOCK_D=128, num_warps=4, num_stages=5),
+    "second": dict(BLOCK_H=32, BLOCK_D=64, num_warps=4, num_stages=5),
+    "experts": dict(BLOCK_N=64, BLOCK_H=64, BLOCK_D=32, num_warps=8, num_stages=2),
+}
+
+
+def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """On a GPU, float32, bfloat16 or float16, accumulated in float32 and equal bit for bit from run to run.
+
+    Nothing is copied to the host, so it can be captured in a CUDA graph. float32 is IEEE arithmetic unless torch's own
+    setting allows TF32. Has no gradient.
+    """
+    (N, d), (E, h, _) = x.shape, w1.shape
+    # Small experts do too little with the rows that they gather, rows that are not aligned are slow to load, and on NVIDIA's
+    # GPUs before Ampere Triton has no tensor cores: there many tokens run dense.
+    old = x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) < (8, 0)
+    if executed is None or (N > DECODE_TOKENS and (h < 64 or d % 16 or old)):
+        return dense_ffn(x, w1, b1, w2, executed, activation)
+    # torch.compile cannot look into Triton's launches, but takes a custom operator as it is. That costs, so not elsewhere.
+    run = _triton_op if torch.compiler.is_compiling() else _triton_ffn
+    return run(x, w1, b1, w2, executed, activation)
+
+
+def _triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
+    (N, d), (E, h, _) = x.shape, w1.shape
+    x, w1, b1, w2, executed = (t.contiguous() for t in (x, w1, b1, w2, executed))
+    y = torch.empty_like(x)
+    if N == 0:
+        return y
+    # Triton knows "tf32" for NVIDIA's GPUs only.
+    tf32 = x.is_cuda and torch.version.cuda is not None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision, config = "tf32" if tf32 else "ieee", FLOAT32 if x.dtype == torch.float32 else HALF
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if N <= DECODE_TOKENS:
+            a = x.new_empty(N, E * h)
+            blocks = dict(BLOCK_E=max(16, triton.next_power_of_2(E)), BLOCK_N=DECODE_TOKENS)
+            _decode_first[triton.cdiv(h, config["first"]["BLOCK_H"]), E](
+                x, w1, b1, executed, a, N, d, E, h, ACTIVATION=activation, PRECISION=precision, **blocks, **config["first"]
+            )
+            _decode_second[(triton.cdiv(d, config["second"]["BLOCK_D"]),)](
+                a, w2, executed, y, N, d, E, h, PRECISION=precision, **blocks, **config["second"]
+            )
+            return y
+        config = config["experts"]
+        S = triton.cdiv(h, config["BLOCK_H"])  # slices of an expert's neurons
+        size = chunk_size(N, E * S * d * x.element_size())
+        tokens = torch.empty(E, size, dtype=torch.int32, device=x.device)
+        counts = torch.empty(E, dtype=torch.int32, device=x.device)
+        partial = x.new_empty(size, E, S, d)
+        for x_, executed_, y_ in zip(x.split(size), executed.split(size), y.split(size)):
+            n = len(x_)
+            _group_tokens[(E,)](executed_, tokens, counts, n, E, BLOCK=triton.next_power_of_2(size), num_warps=8)
+            _prefill_experts[E, triton.cdiv(n, config["BLOCK_N"]), S](
+                x_, w1, b1, w2, tokens, counts, partial, n, d, E, h, ACTIVATION=activation, PRECISION=precision, **config
+            )
+            block = min(1024, triton.next_power_of_2(d))
+            _prefill_sum[n, triton.cdiv(d, block)](partial, executed_, y_, d, E, S, BLOCK_D=block, num_warps=4)
+    return y
+
+
+def chunk_size(N: int, bytes_per_token: int) -> int:
+    """Tokens to run at a time: about equal chunks of at most 8,192 tokens, whose partial rows stay within PARTIAL_BYTES."""
+    chunks = math.ceil(N / max(1, min(8192, PARTIAL_BYTES // bytes_per_token)))
+    return math.ceil(N / chunks)
+
+
+@torch.library.custom_op("d2dmoe::triton_ffn", mutates_args=())
+def _triton_op(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
+    return _triton_ffn(x, w1, b1, w2, executed, activation)
+
+
+@_triton_op.register_fake
+def _(x, w1, b1, w2, executed, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of them
+
+
+def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """The sum of the executed experts' outputs, without the bias b2, by the path that should be fastest for this mask.
+
+    x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d], of the weights' dtype.
+    Differentiable in x and the weights: where gradients are wanted the masked path runs.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    x = x.to(w1.dtype)  # under autocast it may differ
+    args = (x, w1, b1, w2, executed, activation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2)):
+        return masked_ffn(*args)
+    if x.is_cuda and triton is not None:
+        return triton_ffn(*args)
+    # Compiled code must not depend on the mask's values, and autocast picks the dtypes of single operators.
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return masked_ffn(*args)
+    return cpu_ffn(*args)
+
+
+# Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
+# nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
+DENSE_CALLS, SAMPLED_CALLS, LOOPED_CALLS = 1.2e6, 2.7e6, 0.5e6  # 25 us, 55 us, and 10 us per expert
+GROUPED_CALLS, GROUPED_ROW = 0.9e6, 5e3  # 18 us per expert, and 0.1 us for every token of it
+READ, READ_SAMPLED, READ_LOOPED, READ_GROUPED = 12, 13, 29, 60  # fetching a pair of weights from memory
+
+
+def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+    """expert_ffn on a CPU without gradients: estimates what each path would take and runs the fastest."""
+    (N, _), (E, h, d) = x.shape, w1.shape
+    pairs = N * E if executed is None else int(executed.count_nonzero())
+    if pairs == N * E:
+        executed = None
+    dense = DENSE_CALLS + E * h * d * (READ + N)
+    sampled = SAMPLED_CALLS + pairs * h * d * READ_SAMPLED
+    if N == 1 and executed is not None and pairs * (LOOPED_CALLS + h * d * READ_LOOPED) < min(dense, sampled):
+        return looped_ffn(x, w1, b1, w2, executed[0].nonzero()[:, 0].tolist(), activation)
+    if N > 1 and executed is not None:
+        grouped = pairs * (GROUPED_ROW + h * d)
+        if grouped < min(dense, sampled):  # tells most masks without counting the experts in use
+            grouped += int(executed.any(0).count_nonzero()) * (GROUPED_CALLS + h * d * READ_GROUPED)
+        if grouped < min(dense, sampled):
+            return grouped_ffn(x, w1, b1, w2, executed, activation)
+    # sampled_addmm takes float32 and float64, and contiguous weights are seen as [E*h, d]
+    if sampled < dense and x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():
+        return sampled_ffn(x, w1, b1, w2, executed, activation)
+    return dense_ffn(x, w1, b1, w2, executed, activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,45 +498,40 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def check(device: str) -> None:
-    """Every path of this device against float64 on odd shapes; prints the largest errors, exits if one is too large."""
-    paths = {"masked_ffn": masked_ffn, "dense_ffn": dense_ffn, "looped_ffn": looped_ffn, "grouped_ffn": grouped_ffn, "expert_ffn": expert_ffn}
-    if device != "cpu":
-        paths["triton_ffn"] = triton_ffn
-    dtypes = TOLERANCE if device != "cpu" else [torch.float32]
+    """Every path of this device against float64 on odd shapes; prints the largest errors, raises if one is too large."""
+    one_by_one = lambda x, w1, b1, w2, executed, act: looped_ffn(x, w1, b1, w2, executed[0].nonzero()[:, 0].tolist(), act)
+    paths = {"masked_ffn": masked_ffn, "dense_ffn": dense_ffn, "grouped_ffn": grouped_ffn, "expert_ffn": expert_ffn}
+    paths |= {"sampled_ffn": sampled_ffn, "looped_ffn": one_by_one} if device == "cpu" else {"triton_ffn": triton_ffn}
     worst = {}
-    for dtype in dtypes:
-        for activation in ACTIVATIONS:
-            for N, d, E, h in ((0, 64, 4, 16), (1, 64, 1, 48), (1, 768, 48, 64), (17, 100, 5, 24), (300, 256, 8, 100)):
-                layer = random_layer(N, d, E, h, dtype, device)
-                for share in (0.0, 0.3, 1.0):
-                    executed = torch.rand(N, E, device=device) < share
-                    for name, path in paths.items():
-                        if name == "looped_ffn" and N != 1:
-                            continue
-                        selected = executed[0].nonzero().flatten().tolist() if name == "looped_ffn" else executed
-                        error = relative_error(path(*layer, selected, activation), layer, executed, activation)
-                        worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
+    for dtype, activation in itertools.product([torch.float32] if device == "cpu" else TOLERANCE, ACTIVATIONS):
+        for N, d, E, h in ((0, 64, 4, 16), (1, 64, 1, 48), (1, 768, 48, 64), (17, 100, 5, 24), (300, 256, 8, 100)):
+            layer = random_layer(N, d, E, h, dtype, device)
+            for share, (name, path) in itertools.product((0.0, 0.3, 1.0), paths.items()):
+                executed = torch.rand(N, E, device=device) < share
+                if name != "looped_ffn" or N == 1:
+                    error = relative_error(path(*layer, executed, activation), layer, executed, activation)
+                    worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
     for (name, dtype), error in worst.items():
         print(f"check {name:11} {str(dtype).removeprefix('torch.'):9} largest relative error {error:.1e}")
         if not error <= TOLERANCE[dtype]:
-            raise SystemExit(f"{name} is wrong in {dtype}: relative error {error:.1e} is above {TOLERANCE[dtype]:.0e}")
+            raise ArithmeticError(f"{name} is wrong in {dtype}: relative error {error:.1e} is above {TOLERANCE[dtype]:.0e}")
 
 
 def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]:
-    """Median seconds of each of some callables. They take turns, so that a slow moment of the machine hits them all, and
-    a turn is four calls of which the first is not timed: in a model too a layer follows another of its kind."""
+    """Median seconds of each of some callables. They take turns, so that a slow moment of the machine hits them all; a
+    turn is four calls, of which the first warms up and is not counted."""
     times = [[] for _ in runs]
     for turn in range(0, 4 * repeats, 4):
         for run, seconds in zip(runs, times, strict=True):
-            for j in range(turn, turn + 4):
+            for i in range(turn, turn + 4):
                 if device == "cpu":
                     start = time.perf_counter()
-                    run(j)
+                    run(i)
                     seconds.append(time.perf_counter() - start)
                 else:
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     start.record()
-                    run(j)
+                    run(i)
                     end.record()
                     end.synchronize()
                     seconds.append(start.elapsed_time(end) / 1e3)
@@ -352,7 +540,7 @@ def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]
 
 def as_graph(call: Callable, sets: int) -> Callable:
     """On a GPU: all of a callable's sets captured in one CUDA graph, so that the time to launch is not what is measured."""
-    for i in range(sets):  # compiles and tunes
+    for i in range(sets):  # compiles
         call(i)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -370,49 +558,69 @@ def measured_ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
     return 2 * source.nbytes / copy, 2 * 8192**3 / matmul
 
 
-def benchmark(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int], cache_bytes: float) -> None:
-    """A table of this layer against the dense one: two F.linear and a ReLU, compiled on a GPU."""
+def dense(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """What every table compares with: w1 [d_ff, d], w2 [d, d_ff], through the same linear layer as the experts' model"""
+    return linear(F.relu(linear(x, w1, b1), inplace=True), w2)
+
+
+def benchmark(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int], repeats: int = 25):
+    """Times the layer with experts and the dense one; yields (N, masks, seconds dense, seconds ours)."""
+    on_gpu = device != "cpu"
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else cpu_cache_bytes()
     weight_bytes = 2 * E * h * d * torch.finfo(dtype).bits / 8
-    sets = max(8, math.ceil(1.5 * cache_bytes / weight_bytes))  # rotated, so that no call finds its weights in a cache
-    layers = [random_layer(1, d, E, h, dtype, device) for _ in range(sets)]
-    dense_weights = [(w1.flatten(0, 1), b1.flatten(), w2.flatten(0, 1).t().contiguous()) for _, w1, b1, w2 in layers]
+    sets = max(8, math.ceil(2 * cache / weight_bytes))  # rotated, so that no call finds its weights in a cache
+    layers = [random_layer(1, d, E, h, dtype, device)[1:] for _ in range(sets)]
+    dense_layers = [(w1.flatten(0, 1), b1.flatten(), w2.flatten(0, 1).t().contiguous()) for w1, b1, w2 in layers]
+    # dynamic=False, or dynamo compiles the second shape with symbolic sizes, which is slower
+    run_dense = torch.compile(dense, dynamic=False) if on_gpu else dense
+    for N, share in itertools.product(tokens, (1.0, 0.5, 0.25, 0.1)):
+        x = torch.randn(N, d, device=device).to(dtype)
+        # More masks than sets, or the few experts that one token selects would stay in the cache.
+        masks = [random_mask(N, E, share, device) for _ in range(sets * (round(1 / share) if N <= 16 else 1))]
+        runs = [
+            lambda i: run_dense(x, *dense_layers[i % sets]),
+            # half a turn behind, or it would find the weights that the dense layer has just read
+            lambda i: expert_ffn(x, *layers[(i + sets // 2) % sets], masks[i % len(masks)], "relu"),
+        ]
+        if on_gpu:
+            runs = [as_graph(run, sets) for run in runs]
+        seconds = median_times(runs, max(2, repeats // (1 + N // 100)), device)
+        yield N, masks[:sets], *(t / (sets if on_gpu else 1) for t in seconds)
 
-    def dense(x, w1, b1, w2):
-        return F.linear(F.relu(F.linear(x, w1, b1), inplace=True), w2)
 
+def print_layer(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int]) -> None:
+    """A table of one layer; on a GPU with the share of what memory or arithmetic would allow"""
     on_gpu = device != "cpu"
     if on_gpu:
         bandwidth, rate = measured_ceilings(dtype, device)
         print(f"copy {bandwidth / 1e12:.2f} TB/s, {dtype} matmul {rate / 1e12:.0f} TFLOP/s")
-        dense = torch.compile(dense)
-    print(f"d {d}, d_ff {E * h}, {E} experts of {h}, {str(dtype).removeprefix('torch.')}, {sets} sets of weights")
+    print(f"d {d}, d_ff {E * h}, {E} experts of {h}, {str(dtype).removeprefix('torch.')}")
     print("tokens executed   dense ms    ours ms  speed-up" + ("  roofline" if on_gpu else ""))
-    for N in tokens:
-        x = torch.randn(N, d, device=device).to(dtype)
-        for share in (1.0, 0.5, 0.25, 0.1):
-            masks = [random_mask(N, E, share, device) for _ in range(sets)]
-            runs = [
-                lambda i: dense(x, *dense_weights[i % sets]),
-                # half a turn behind, or it would find the weights that the dense layer has just read
-                lambda i: expert_ffn(x, *layers[(i + sets // 2) % sets][1:], masks[i % sets], "relu"),
-            ]
-            if on_gpu:
-                runs = [as_graph(run, sets) for run in runs]
-            t_dense, t_ours = (t / (sets if on_gpu else 1) for t in median_times(runs, 4 if N > 1000 else 25, device))
-            line = f"{N:6d} {masks[0].float().mean().item():8.1%} {t_dense * 1e3:10.3f} {t_ours * 1e3:10.3f} {t_dense / t_ours:8.2f}x"
-            if on_gpu:
-                used = sum(m.any(0).float().mean().item() for m in masks) / sets
-                pairs = sum(m.float().mean().item() for m in masks) / sets * N * E
-                floor = max(used * weight_bytes / bandwidth, pairs * 4 * h * d / rate)
-                line += f" {floor / t_ours:8.1%}"
-            print(line, flush=True)
+    for N, masks, t_dense, t_ours in benchmark(device, dtype, d, E, h, tokens):
+        share, used = (statistics.mean(m.float().mean().item() for m in ms) for ms in (masks, [m.any(0) for m in masks]))
+        line = f"{N:6d} {share:8.1%} {t_dense * 1e3:10.3f} {t_ours * 1e3:10.3f} {t_dense / t_ours:8.2f}x"
+        if on_gpu:
+            weights = 2 * E * h * d
+            floor = max(used * weights * torch.finfo(dtype).bits / 8 / bandwidth, share * N * 2 * weights / rate)
+            line += f" {floor / t_ours:8.1%}"
+        print(line, flush=True)
+
+
+def print_sizes(sizes: list[int]) -> None:
+    """A table of speed-ups on a CPU that shows from which size on experts gain"""
+    print("speed-up over the dense layer by its width d: d_ff 4d, 32 experts of d/8; share of the experts executed")
+    print("            one token                    2,048 tokens\n     d" + 2 * "   100%   50%   25%   10% ")
+    for d in sizes:
+        rows = benchmark("cpu", torch.float32, d, E=32, h=d // 8, tokens=[1, 2048], repeats=40)
+        ratios = [t_dense / t_ours for _, _, t_dense, t_ours in rows]
+        print(f"{d:6d} " + "  ".join("".join(f"{r:5.2f}x" for r in ratios[i : i + 4]) for i in (0, 4)), flush=True)
 
 
 def cpu_cache_bytes() -> int:
-    """Size of the last-level cache where Linux tells it, else 32 MiB; at most 512 MiB"""
+    """Size of the last-level cache where Linux tells it, else 32 MiB; at most 256 MiB"""
     try:
         with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as f:
-            return min(int(f.read().strip().removesuffix("K")) << 10, 1 << 29)
+            return min(int(f.read().strip().removesuffix("K")) << 10, 1 << 28)
     except (OSError, ValueError):
         return 1 << 25
 
@@ -429,13 +637,13 @@ def main() -> None:
         check(device)
         if device == "cpu":
             print(f"{torch.get_num_threads()} threads")
-            benchmark(device, torch.float32, d=768, E=48, h=64, tokens=[1, 4, 16, 128, 2048], cache_bytes=cpu_cache_bytes())
+            print_layer(device, torch.float32, d=768, E=48, h=64, tokens=[1, 4, 16, 128, 2048])
+            print_sizes([128, 256, 384, 512, 768, 1024])
             return
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
         print(torch.cuda.get_device_name(device))
-        benchmark(device, torch.bfloat16, d=4096, E=128, h=128, tokens=[1, 16], cache_bytes=cache)
-        benchmark(device, torch.bfloat16, d=768, E=24, h=128, tokens=[16384], cache_bytes=cache)
-        benchmark(device, torch.float32, d=768, E=24, h=128, tokens=[16384], cache_bytes=cache)
+        print_layer(device, torch.bfloat16, d=4096, E=128, h=128, tokens=[1, 16])
+        print_layer(device, torch.bfloat16, d=768, E=24, h=128, tokens=[16384])
+        print_layer(device, torch.float32, d=768, E=24, h=128, tokens=[16384])
 
 
 if __name__ == "__main__":

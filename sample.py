@@ -1,117 +1,166 @@
 """Writes text with a converted model, shades every token by the share of experts it took, and says what that cost.
-The closing line counts the new tokens, each at the context it saw, and not the prompt. Its speed leaves out a text's first
-two tokens: the prompt is read for the one, and a GPU tunes its kernels in both.
 
     python sample.py --tau 0.9
-    python sample.py --ckpt out/ --prompt "def main(" --temperature 0.7 --top_k 50
+    python sample.py --ckpt better/ --tau 0.95 --prompt "def main(" --temperature 0.7 --top_k 50
+    python sample.py --picture tokens.png           tokens x layers, coloured by the share of experts (needs matplotlib)
 
 --tau decides how many experts run, and needs no retraining: 1 runs all of them, lower is cheaper.
 """
 
 import argparse
 import codecs
-import math
-import os
+import io
+import statistics
 import sys
 import time
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from d2dmoe import Gate, dynamic_k, executed_share, flops_per_token, generate
-from train import N_VOCAB, add_shared_arguments, build_model, check_seed, load_checkpoint, load_tokenizer, pick_device
+from d2dmoe import GPT, Gate, atomic_write, build_model, dynamic_k, flops_per_token, generate, load_checkpoint
+from train import Parser, add_system_options, encode, load_tokenizer, number, pick_device, printable, run, vocabulary
+
+SHADES = (255, 224, 217, 210, 203, 160)  # backgrounds, from white to red, of a terminal with 256 colours; the text is black
 
 
-def shade(text: str, share: float) -> str:
-    """Text on a background between black (no expert executed) and red (all), for a terminal with 256 colours."""
-    background = (232, 52, 88, 124, 160, 196)[min(5, int(6 * share))]
-    return f"\x1b[48;5;{background}m\x1b[38;5;255m{text}\x1b[0m"
+def shade(text: str, share: float, shares: list[float]) -> str:
+    """Text on a background that tells where `share` lies between the smallest and the largest of `shares`."""
+    low, high = min(shares), max(shares)
+    level = (share - low) / (high - low) if high > low else 0.0
+    return f"\x1b[48;5;{SHADES[round(level * (len(SHADES) - 1))]}m\x1b[38;5;16m{text}\x1b[0m"
+
+
+def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens: int, turns: int = 3) -> list[float]:
+    """Decoding speed after the prompt idx [1, T] under each gate: in turns, medians, without each turn's first two tokens (the
+    one includes the prompt, and a GPU compiles its kernels in both)."""
+    speeds = [[] for _ in gates]
+    for _ in range(turns):
+        for gate, results in zip(gates, speeds, strict=True):
+            text = generate(model, idx, tokens + 2, gate, temperature=0)
+            list(islice(text, 2))
+            start = time.perf_counter()
+            for token, _ in text:
+                token.item()
+            results.append(tokens / (time.perf_counter() - start))
+    return [statistics.median(results) for results in speeds]
+
+
+def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[int]) -> None:
+    """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ValueError, OSError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    tokens, counts = tokens[:60], counts[:60]
+    share = [[row[layer] / E for row in counts] for layer, E in enumerate(experts)]  # [layers][tokens]
+    figure = Figure(figsize=(8.3, max(1.6, 0.9 + 0.25 * len(experts))), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, aspect="auto", cmap="Reds", vmin=0)
+    labels = [t.replace(" ", "\u2423").replace("\n", "\u21b5").replace("$", r"\$") for t in tokens]
+    axes.set_xticks(range(len(tokens)), labels, fontsize=10, rotation=0 if max(map(len, labels)) < 2 else 90)
+    axes.set_yticks(range(len(experts)))
+    axes.set(ylabel="layer", xlabel="token (\u2423 space, \u21b5 newline)")
+    figure.colorbar(image, label="share of experts", pad=0.01)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=200)
+    with atomic_write(path) as f:
+        f.write(picture.getvalue())
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate text from a converted checkpoint.")
-    add = parser.add_argument
-    add("--ckpt", default="out", help="folder with d2dmoe.pt, or that file (default: %(default)s)")
-    add("--tau", type=float, default=0.9, help="run the experts whose predicted norm is at least (1 - tau) of the token's largest (default: %(default)s)")
-    add("--prompt", default="\n", help="text to continue (default: a line end)")
-    add("--num_samples", type=int, default=1, help="texts to write (default: %(default)s)")
-    add("--max_new_tokens", type=int, default=500, help="tokens a text (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, default=None, help="sample among the k likeliest tokens (default: all)")
-    add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts; auto: on a terminal (default: %(default)s)")
-    add_shared_arguments(parser)
+    parser = Parser(
+        "sample.py", description="Generate text from a converted checkpoint.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='examples:\n  python sample.py --tau 0.95\n  python sample.py --ckpt better/ --prompt "def main(" --temperature 0.7',
+    )  # fmt: skip
+    count = number(int, 1, 2**40)
+    add = parser.add_argument_group("what to run").add_argument
+    add("--ckpt", default="out", help="folder with d2dmoe.pt (else ckpt.pt, a dense model), or a file (default: %(default)s)")
+    add("--tau", type=number(float, 0, 1), default=0.9, help="run the experts whose predicted norm is at least (1 - tau) times"
+        " the token's largest (default: %(default)s)")  # fmt: skip
+    add("--prompt", default="    def ", help="text to continue; - reads standard input (default: %(default)r)")
+    add("--num_samples", type=count, default=1, help="texts to write (default: %(default)s)")
+    add("--max_new_tokens", type=count, default=500, help="tokens per text (default: %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", type=count, help="sample among the k likeliest tokens (default: all)")
+    add("--ignore_end", action="store_true", help="go on after <|endoftext|>")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts; auto: on a"
+        " terminal (default: %(default)s)")  # fmt: skip
+    add("--picture", type=Path, metavar="FILE", help="draw the first text: tokens x layers, colour = share of experts")
+    add_system_options(parser)
     args = parser.parse_args(argv)
-    if not 0 <= args.tau <= 1:
-        parser.error(f"--tau must be between 0 and 1, not {args.tau:g}")
-    if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
-        parser.error("--temperature must be 0 or at least 0.001")
-    for name in ("num_samples", "max_new_tokens", "top_k"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    check_seed(parser, args.seed)
+    if 0 < args.temperature < 1e-3:
+        raise ValueError("--temperature must be 0 or at least 0.001")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt, "d2dmoe.pt")
-    model = build_model(checkpoint, args.ckpt).to(device).eval()
-    config = model.config
-    if not config.num_experts:
-        sys.exit(f"{args.ckpt} is a dense model: convert it first with python convert.py --ckpt {Path(args.ckpt)}")
-    name = str(checkpoint.get("tokenizer", "bytes"))
-    if N_VOCAB.get(name, 0) > config.vocab_size:
-        sys.exit(f"{args.ckpt} has a vocabulary of its own, of {config.vocab_size} tokens: what they spell is not in it")
+    checkpoint = load_checkpoint(args.ckpt)
+    model = build_model(checkpoint, args.ckpt).to(device)
+    config, name = model.config, checkpoint.get("tokenizer")
+    if not isinstance(name, str) or vocabulary(name) > config.vocab_size:
+        raise ValueError(f"{args.ckpt} does not tell what its tokens spell: convert it with --data, the folder of its .bin files")
     tokenizer = load_tokenizer(name)
-    prompt = tokenizer.encode(args.prompt, disallowed_special=()) or [tokenizer.eot_token]
-    if len(prompt) > config.block_size:
-        sys.exit(f"the prompt has {len(prompt)} tokens and the model's context {config.block_size}: shorten --prompt")
-    if max(prompt) >= config.vocab_size:
-        sys.exit(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
-    color = args.color == "always" or args.color == "auto" and sys.stdout.isatty()
-    write = lambda text: print(text, end="", flush=True)  # noqa: E731
+    gate = None if args.tau == 1 else partial(dynamic_k, tau=args.tau)  # at tau = 1 no router is asked
+    experts = [len(layer.w1) for layer in model.layers()] if config.num_experts else []
+    if args.picture and not experts:
+        raise ValueError(f"--picture shows experts, and {args.ckpt} is a dense model: convert it first")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    end = tokenizer.eot_token if "<|endoftext|>" in tokenizer.special_tokens_set else -1
+    prompt = encode(tokenizer, text)[-config.block_size :] or [max(end, 0)]  # longer ones are cut as generate does
+    idx = torch.tensor([prompt], device=device)  # [1, T]
+    on_terminal = sys.stdout.isatty()
+    shaded = bool(experts) and (args.color == "always" or args.color == "auto" and on_terminal)
+    show = printable if on_terminal else str  # what a model writes must not drive a terminal
+    if shaded:
+        print("shades, fewest to most experts so far: " + "".join(shade("   ", i, [0, 5]) for i in range(6)))
 
-    generator = torch.Generator(device).manual_seed(args.seed)
-    shares, flops, dense_flops, timed, seconds = [], 0.0, 0.0, 0, 0.0
+    written, counts, shares, flops, dense_flops = [], [], [], 0.0, 0.0
     for sample in range(args.num_samples):
         if sample:
-            write("\n---------------\n")
+            print("\n---------------")
+        print(show(text), end="", flush=True)
+        generator = torch.Generator(device).manual_seed(args.seed + sample)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
-        write(args.prompt)
-        idx = torch.tensor([prompt], device=device)  # [1, T]
-        for i, (token, measured) in enumerate(generate(
-            model, idx, args.max_new_tokens, Gate(dynamic_k, args.tau), args.temperature, args.top_k, generator
-        )):  # fmt: skip
-            if i == 1:
-                clock = time.perf_counter()
-            counts = [{name: executed.sum().item() for name, executed in m.items()} for m in measured]
+        tokens = generate(model, idx, args.max_new_tokens, gate, args.temperature, args.top_k, generator)
+        for i, (token, executed) in enumerate(tokens):
+            number = token.item()
+            if number == end and not args.ignore_end:
+                break
             context = min(len(prompt) + i, config.block_size)
-            flops += flops_per_token(config, context, counts)
-            dense_flops += flops_per_token(config, context)
-            shares.append(executed_share(config, counts))
-            text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()) if token.item() < tokenizer.n_vocab else b"?")
-            write(shade(text, shares[-1]) if color and text.strip("\r\n") else text)
-        write(decoder.decode(b"", final=True))
-        if args.max_new_tokens > 2:
-            seconds += time.perf_counter() - clock
-            timed += args.max_new_tokens - 2
-    speed = f", {timed / seconds:.0f} tokens a second" if timed else ""
+            if experts:
+                counts.append(torch.stack([e.sum() for e in executed]).tolist())  # one number per layer
+                shares.append(sum(counts[-1]) / sum(experts))
+                flops += flops_per_token(config, context, counts[-1] if gate else None)
+                dense_flops += flops_per_token(config, context)
+            piece = decoder.decode(tokenizer.decode_single_token_bytes(number) if number < tokenizer.n_vocab else b"?")
+            written.append(piece)
+            print(shade(show(piece), shares[-1], shares) if shaded and piece.strip() else show(piece), end="", flush=True)
+        print(show(decoder.decode(b"", final=True)))
+        if args.picture and sample == 0:
+            draw(args.picture, [show(piece) for piece in written], counts, experts)
+
+    measured = min(32, args.max_new_tokens)
+    if not experts:
+        [speed] = tokens_per_second(model, idx, [None], measured)
+        print(f"\na dense model, to which tau does not apply (convert.py makes experts of it): {speed:.0f} tokens/s")
+        return
+    speed, dense_speed = tokens_per_second(model, idx, [gate, None], measured)
+    if not shares:  # the text ended at once
+        return
     print(
-        f"\n\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the "
-        f"dense model's FLOPs{speed}"
+        f"\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the dense model's "
+        f"FLOPs; {speed:.0f} tokens/s, {speed / dense_speed:.2f}x the {dense_speed:.0f} of all experts without a router"
     )
+    if config.router == "moefication" and gate:
+        print("(a MoEfication conversion, whose own rule is top-k: tau was applied to its classifier's scores)")
+    if speed < 0.95 * dense_speed:
+        print("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
-    except torch.OutOfMemoryError:
-        sys.exit("out of GPU memory: try --device cpu")
-    except OSError as error:  # the reader of a pipe went away, as head does, or the disk behind > is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it flushes at exit
-        sys.exit(f"cannot write the text: {error.strerror}")
+    run(main)
