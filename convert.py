@@ -8,10 +8,10 @@
 It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
 cost_vs_loss.csv and, where matplotlib is installed, cost_vs_loss.png.
 
-The recipe, in the order of this file and of main:
+The recipe, in the order of this file (main runs 3 first, where it is asked for):
 1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
 2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
-3. With --attention, before 1: train two-layer MLPs to imitate the attention projections; then they are split like the rest.
+3. With --attention: train two-layer MLPs to imitate the attention projections; then 1 and 2 treat them like the rest.
 4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
 """
 
@@ -37,13 +37,13 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, atomic_write, build_model, dynamic_k, flops_per_token, keep_previous,
-    load_checkpoint, save_checkpoint, top_k,
+    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model, dynamic_k,
+    flops_per_token, keep_previous, load_checkpoint, save_checkpoint, top_k,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    Batches, Parser, add_system_options, check_memory, claim, evaluate, fingerprint, learning_rate, number, open_tokens,
-    pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
+    Batches, Parser, add_system_options, check_memory, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
+    open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> 
     """Clusters points [n, f] into k groups of exactly n / k points, so that all experts have one shape and one cost.
 
     k-means with one change: in each iteration points are assigned not each to its nearest center, but so that the sum
-    of squared distances is smallest among the assignments that fill every cluster exactly.
+    of squared distances is (nearly) smallest among the assignments that fill every cluster exactly.
     -> assignment [n] int64. Raises ValueError if k does not divide n.
     """
     n = len(points)
@@ -131,7 +131,7 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
     """Neurons by when they fire: their |activations| on tokens x [N, d], at unit length, so that a dot product is a cosine
     similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
     a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff]
-    with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: here alike in every call, leaving the global state
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: seeded, leaving the global state
         torch.default_generator.manual_seed(0)
         u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
     return u * s
@@ -179,8 +179,8 @@ def split_model(dense: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
 
 
 def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batches, lr: float, label: str) -> None:
-    """Trains `parameters` with AdamW, a cosine schedule and a short warm-up; loss_of(x, y, progress) -> scalar, for tokens x
-    and their successors y, both [B, T], while progress runs from 0 to 1. Raises ValueError if the loss is not finite.
+    """Trains `parameters` with AdamW, a cosine schedule and a short warm-up; loss_of(x, progress) -> scalar, for tokens x
+    [B, T], while progress runs from 0 to 1. Raises ValueError if the loss is not finite.
 
     Several independent layers can be trained in one call by summing their losses: their gradients do not interact, and
     Adam is (up to its epsilon) invariant to the scale of a loss.
@@ -189,8 +189,8 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
     steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
-        [(x, y)] = batches[step]
-        loss = loss_of(x, y, step / steps)
+        [(x, _)] = batches[step]
+        loss = loss_of(x, step / steps)
         loss.backward()
         state = loss.detach().clone()
         if batches.world > 1:  # the mean over processes
@@ -229,17 +229,14 @@ def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
 
 def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
     """Trains all routers at once, on what their layers read when every expert runs."""
-    layers = moe.layers()
+    layers, loss = moe.layers(), moefication_loss if moe.config.router == "moefication" else router_loss
 
-    def loss_of(x, y, progress):
+    def loss_of(x, progress):
         inputs: list[Tensor] = []
         with torch.no_grad():
             moe.hidden(x, inputs=inputs)
-        total = torch.zeros((), device=x.device)
-        for layer, read in zip(layers, inputs, strict=True):
-            baseline = hasattr(layer.router, "logits")
-            total = total + (moefication_loss if baseline else router_loss)(layer, read.flatten(0, 1))  # [B, T, d] -> [N, d]
-        return total
+        reads = zip(layers, inputs, strict=True)
+        return torch.stack([loss(layer, read.flatten(0, 1)) for layer, read in reads]).sum()  # [B, T, d] -> [N, d]
 
     parameters = [p.requires_grad_() for layer in layers for p in layer.router.parameters()]
     fit(parameters, loss_of, batches, lr, "routers")
@@ -299,11 +296,11 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
     projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]
     parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
-    def loss_alone(x, y, progress):
+    def loss_alone(x, progress):
         examples = zip(projections, projection_examples(dense, x), strict=True)
         return torch.stack([projection_loss(mlp, read, target, 1e-3 * progress) for mlp, (read, target) in examples]).sum()
 
-    def loss_together(x, y, progress):
+    def loss_together(x, progress):
         hidden, aux = model.hidden(x)
         penalties = [a for layer, a in zip(model.layers(), aux, strict=True) if layer in projections]
         return divergence(dense, hidden, x) + 1e-4 * torch.stack(penalties).sum()
@@ -320,12 +317,13 @@ EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations s
 
 
 def top_share(norms: Tensor, share: float) -> Tensor:
-    """top_k with k = share of E, rounded up, in favour of top-k."""
+    """top_k with k = share * E, rounded up, so that rounding never takes an expert from top-k."""
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
 class Oracle(nn.Module):
-    """A router that cheats: it returns the true norms, at the price of running every expert. No router can do better."""
+    """A router that cheats: it returns the true norms, at the price of running every expert. It shows what is left to gain
+    by predicting norms better."""
 
     def __init__(self, layer: DynamicKMoE):
         super().__init__()
@@ -349,7 +347,8 @@ def oracles(moe: GPT):
 
 
 def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> dict[str, float]:
-    """Executed share of all experts, FLOPs per token relative to dense, and loss, under a gate."""
+    """Under a gate: executed share of all experts (each counts once, whatever its size), FLOPs per token relative to the
+    dense model, and loss."""
     config = moe.config
     loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
     means = [c.float().mean().item() for c in counts]  # per layer
@@ -387,8 +386,9 @@ def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: lis
         points.append(row | {"time": relative_time(moe, dense, tokens, gate) if timed else math.nan})
         return points[-1]
 
-    say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time are relative to the dense model's")
-    say(f"FLOPs = {floor:.1%} + {full - floor:.1%} x share of experts executed (below tau = 1)")
+    say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time: relative to the dense model")
+    about = "about " if config.projections == "moe" else ""  # there experts differ in size
+    say(f"FLOPs = {about}{floor:.1%} + {full - floor:.1%} x share of experts executed (below tau = 1)")
     if config.router == "moefication":
         say("  share     FLOPs   time    loss  change")
         for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05):
@@ -473,17 +473,16 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
 
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
     axes = figure.subplots()
-    names = {"top_k": "same model, top-k", "oracle": "oracle"}
     curves = []
     for i, table in enumerate(tables):
         for rule in dict.fromkeys(p["rule"] for p in table):
-            main = rule == "dynamic_k" or table[0]["recipe"].startswith("moefication")
-            if main or (i == 0 and rule == "top_k" and len(tables) < 4):
+            own = rule == "dynamic_k" or table[0]["recipe"].startswith("moefication")
+            if own or (i == 0 and rule == "top_k" and len(tables) < 4):
                 points = [(100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in table if p["rule"] == rule]
-                name = table[0]["recipe"].partition(" E=")[0] if main else names[rule]
-                curves.append((sorted(points), name, main))
-    for i, (points, name, main) in enumerate(curves[:4]):
-        color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if main else "#888888"
+                name = table[0]["recipe"].partition(" E=")[0] if own else "same model, top-k"
+                curves.append((sorted(points), name, own))
+    for i, (points, name, own) in enumerate(curves[:4]):
+        color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if own else "#888888"
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
         height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
         x, y = min(points, key=lambda p: abs(p[1] - height))
@@ -493,10 +492,8 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
     axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %", ylim=(-0.3, 10))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200)
     with atomic_write(path) as f:
-        f.write(picture.getvalue())
+        figure.savefig(f, format="png", dpi=200)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,8 +517,10 @@ def export_gpt2(model: GPT, folder: Path) -> None:
             weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))  # Hugging Face's have biases
     for i, block in enumerate(model.transformer.h):
         mlp, prefix = block.mlp, f"transformer.h.{i}.mlp."
-        w1, b1 = (mlp.w1.flatten(0, 1), mlp.b1.flatten()) if c.num_experts else (mlp.c_fc.weight, mlp.c_fc.bias)  # [d_ff, d], [d_ff]
-        w2, b2 = (mlp.w2.flatten(0, 1), mlp.b2) if c.num_experts else (mlp.c_proj.weight.t(), mlp.c_proj.bias)  # [d_ff, d], [d]
+        if c.num_experts:
+            w1, b1, w2, b2 = mlp.w1.flatten(0, 1), mlp.b1.flatten(), mlp.w2.flatten(0, 1), mlp.b2  # [d_ff, d], [d_ff], [d_ff, d], [d]
+        else:
+            w1, b1, w2, b2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight.t(), mlp.c_proj.bias  # the same
         weights |= {prefix + "c_fc.weight": w1.t().contiguous(), prefix + "c_proj.weight": w2.contiguous()}
         weights[prefix + "c_fc.bias"] = b1 if b1 is not None else w1.new_zeros(len(w1))
         weights[prefix + "c_proj.bias"] = b2 if b2 is not None else w1.new_zeros(c.n_embd)
@@ -570,7 +569,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--num_experts", type=count, help="experts per feed-forward layer (default: 64)")
     size.add_argument("--expert_size", type=count, help="neurons per expert, instead of --num_experts")
     add("--attention", action="store_true", help="convert the attention projections too")
-    add("--projection_experts", type=count, help="experts per projection (default: 32, or the largest divisor below)")
+    add("--projection_experts", type=count, help="experts per projection (default: the largest power of two up to 32 that divides)")
     add("--split", choices=("weights", "coactivation"), help="which neurons are alike (default: the recipe's)")
     add("--router_power", type=number(float, 0.05, 8), help="routers regress norm ** power (default: the recipe's, 1 or 0.5)")
     add("--router_width", type=count, help="hidden width of the routers (default: 3/8 of d, better: 1/2, at most 128; projections: a"
@@ -584,12 +583,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.recipe == "moefication" and args.router_power:
-        raise ValueError("--recipe moefication has a classifier for a router: leave --router_power out")
+    if args.recipe == "moefication" and (args.router_power or args.attention):
+        raise ValueError("--recipe moefication, the baseline, has neither --router_power nor --attention")
     return args
 
 
-def converted_config(dense: GPT, args: argparse.Namespace):
+def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     """The dense model's config with what the options say of experts and routers. Raises ValueError."""
     c, (_, router, power, width_of) = dense.config, RECIPES[args.recipe]
     width = args.router_width or max(1, min(128, width_of(c.n_embd)))
@@ -652,8 +651,9 @@ def main(argv: list[str] | None = None) -> None:
         moe = GPT(config).to(device).requires_grad_(False).eval()
         sample = None
         if (args.split or RECIPES[args.recipe][0]) == "coactivation":
-            windows = Batches(tokens, config, 0, max(1, 8192 // config.block_size), args.seed, device)
-            sample = torch.cat([x for x, _ in windows[-1]])  # 8,192 tokens, of a step that no training has
+            T = config.block_size  # about 8,192 tokens, of a step that no training has, alike in every process
+            offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
+            sample, _ = take_windows(tokens, offsets, T, config.vocab_size, device)
         split_model(source, moe, sample, args.seed)
         if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
             for p in moe.parameters():
@@ -665,7 +665,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank > 0:
             return
         kept = keep_previous(out / "d2dmoe.pt")
-        save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, text=text, recipe=recipe, dense_loss=dense_loss)
+        save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe)
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s{f'; the earlier one stays as {kept}' if kept else ''}")
     if rank > 0:
         return
@@ -684,14 +684,15 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         wrote = f"{out}/cost_vs_loss.csv (pip install matplotlib draws it)"
     say(f"\nwrote {wrote} in {time.perf_counter() - start:.0f} s")
-    slower = all(p["time"] > 0.95 for p in points if p["rule"] == "dynamic_k")
-    if slower and device.type == "cpu":
+    if device.type == "cpu" and not any(p["time"] <= 0.95 for p in points):  # nan, which is not timed, is not below
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
     if tokenizer and moe.config.router == "norm":
         say(f"now: python sample.py --ckpt {out} --tau 0.95")
 
 
-def open_corpus(args: argparse.Namespace, checkpoint: dict, dense: GPT, out: Path):
+def open_corpus(
+    args: argparse.Namespace, checkpoint: dict, dense: GPT, out: Path
+) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
     """Training and held-out tokens, the tokenizer's name (None if unknown) and the text's fingerprint. Raises ValueError."""
     place = Path(args.ckpt).expanduser()
     beside = place if place.is_dir() else place.parent

@@ -5,16 +5,17 @@
     Zhang et al. MoEfication: Transformer Feed-forward Layers are Mixtures of Experts. arXiv 2110.01786.
     Radford et al. Language Models are Unsupervised Multitask Learners (GPT-2). Its parameter names are kept.
 
-       dense MLP          the same neurons          a router predicts           only those
-     few neurons fire      in E experts            each expert's norm          experts run
-        . . # . .           [. . .]  [. # .]         |     (1 - tau) max
-        . . . . #     ->    [. . .]  [# . #]   ->    |  #  - - - - -     ->     expert 1
-        . # . . .           [. . .]  [. . .]         |  #
-                               0        1            0  1
+       dense MLP           the same neurons          a router predicts           only those
+     few neurons fire       in E experts            each expert's norm          experts run
+        . . . . # .          [. . .]  [. # .]         |  #
+        . . . # . #    ->    [. . .]  [# . #]   ->    |  #                ->     expert 1
+        . . . . . .          [. . .]  [. . .]         |- # - (1 - tau) max
+                                0        1            0  1
 
 What differs from nanoGPT's model.py:
+- forward takes no targets: it returns (logits, aux), and train.py computes the loss. There is no dropout.
 - MLP returns a second value, the sparsity penalty on its activations, which train.py adds to the loss.
-- DynamicKMoE takes an MLP's place after conversion. Its second value is the mask of the experts that were executed.
+- DynamicKMoE takes an MLP's place after conversion. Its second value is the mask of executed experts, [B, T, E].
 - The model takes a gate, which turns the routers' predicted norms into that mask: partial(dynamic_k, tau=0.9).
 - The four attention projections may be MLPs or experts too.
 - generate keeps keys and values, so that each token is computed once.
@@ -96,8 +97,8 @@ class GPTConfig:
 
     @property
     def projection_width(self) -> int:
-        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection: as many parameters, biases included,
-        (2d + 1) m + d = d^2 + d up to the output bias, so m = round((d^2 + d) / (2d + 1)), about d / 2 (section 3.5)."""
+        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection, so that both have about as many parameters.
+        The projection has d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2 (section 3.5)."""
         d = self.n_embd
         return max(1, round((d * d + d) / (2 * d + 1)))
 
@@ -634,6 +635,8 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
         if wrong:
             raise ValueError(f"{source}/config.json sets {wrong}: not implemented here, so it would compute something else")
     sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
+    if hf and hf.get("tie_word_embeddings", True) and "lm_head.weight" in sd:
+        sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, perhaps this one
     if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys():
         raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
     if any(w.dim() != 2 for w in (sd["wte.weight"], sd["wpe.weight"], sd["h.0.attn.c_attn.weight"])):

@@ -4,7 +4,7 @@ For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of exper
 
     y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361)
 
-    masked_ffn    compute all experts, then zero the unselected ones: the definition, differentiable
+    masked_ffn    compute all experts, then zero the unselected ones: the reference; differentiable
     dense_ffn     the same without gradients, for masks of which too little can be skipped
     sampled_ffn   a few tokens on a CPU: read only the selected rows of both weight matrices, where they lie
     looped_ffn    one token on a CPU, a few small experts: a plain loop
@@ -37,7 +37,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # macOS and Windows have no Triton: everything but triton_ffn works, the kernels below stay plain text
+except ImportError:  # macOS and Windows have no Triton: the kernels below are then functions that nobody calls
     triton, jit = None, lambda kernel: kernel
 
     class tl:
@@ -65,7 +65,8 @@ def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 FEW_ROWS = 16  # with more, one large matmul is as good
 
-with warnings.catch_warnings(action="ignore"):  # PyTorch says once per process that this format is beta: now
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: now
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
@@ -98,12 +99,14 @@ def every_entry(out: int) -> Tensor:
 
 def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot change
-    it and equal inputs give equal outputs; where it holds, no product was slower and large ones up to 2.5 times as fast."""
+    it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as fast, and
+    those that lie in a cache at most a fifth slower."""
     if torch.compiler.is_compiling():  # first: what follows would tie the compiled code to this number of rows
         return False
     rows = x.shape[:-1].numel()
     return (
-        0 < rows <= min(FEW_ROWS, weight.numel() >> 15)  # a small weight is not worth the extra calls
+        0 < rows <= FEW_ROWS
+        and weight.numel() >= 1 << 18  # 1 MB; smaller weights stay in a cache, where the extra calls cost more than they save
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -332,7 +335,7 @@ def _prefill_sum(partial_ptr, executed_ptr, y_ptr, d, E, S, BLOCK_D: tl.constexp
     tl.store(y_ptr + n * d + c, y.to(y_ptr.dtype.element_ty), mask=c < d)
 
 
-# One fixed configuration for each kernel, chosen by counting bytes, registers and programs, not yet by a GPU's clock.
+# One fixed configuration for each kernel, chosen by counting bytes, registers and programs, not by timing.
 # Decoding is bound by memory: few neurons or columns per program, so that a handful of experts occupies the GPU, and many
 # stages, so that a program keeps several blocks of weights under way. Prefill is bound by arithmetic: large blocks.
 # float32 cannot use tensor cores in IEEE arithmetic and takes twice the room: its blocks are smaller, or registers spill.

@@ -9,7 +9,6 @@
 
 import argparse
 import codecs
-import io
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ def shade(text: str, share: float, shares: list[float]) -> str:
 
 def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens: int, turns: int = 3) -> list[float]:
     """Decoding speed after the prompt idx [1, T] under each gate: in turns, medians, without each turn's first two tokens (the
-    one includes the prompt, and a GPU compiles its kernels in both)."""
+    first includes the prompt, and a GPU compiles its kernels in both)."""
     speeds = [[] for _ in gates]
     for _ in range(turns):
         for gate, results in zip(gates, speeds, strict=True):
@@ -64,10 +63,8 @@ def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[i
     axes.set_yticks(range(len(experts)))
     axes.set(ylabel="layer", xlabel="token (\u2423 space, \u21b5 newline)")
     figure.colorbar(image, label="share of experts", pad=0.01)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200)
     with atomic_write(path) as f:
-        f.write(picture.getvalue())
+        figure.savefig(f, format="png", dpi=200)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -128,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
         tokens = generate(model, idx, args.max_new_tokens, gate, args.temperature, args.top_k, generator)
         for i, (token, executed) in enumerate(tokens):
-            number = token.item()
-            if number == end and not args.ignore_end:
+            token_id = token.item()
+            if token_id == end and not args.ignore_end:
                 break
             context = min(len(prompt) + i, config.block_size)
             if experts:
@@ -137,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                 shares.append(sum(counts[-1]) / sum(experts))
                 flops += flops_per_token(config, context, counts[-1] if gate else None)
                 dense_flops += flops_per_token(config, context)
-            piece = decoder.decode(tokenizer.decode_single_token_bytes(number) if number < tokenizer.n_vocab else b"?")
+            piece = decoder.decode(tokenizer.decode_single_token_bytes(token_id) if token_id < tokenizer.n_vocab else b"?")
             written.append(piece)
             print(shade(show(piece), shares[-1], shares) if shaded and piece.strip() else show(piece), end="", flush=True)
         print(show(decoder.decode(b"", final=True)))

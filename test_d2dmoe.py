@@ -6,7 +6,6 @@ D2DMOE_LONG=1 makes the kill and fuzz sweeps ten times longer.
 
 import argparse
 import ast
-import contextlib
 import csv
 import dataclasses
 import io
@@ -17,6 +16,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,6 +38,8 @@ import kernels
 import sample
 import train
 from d2dmoe import GPT, DynamicKMoE, GPTConfig, Router, dynamic_k, top_k
+
+torch.set_num_threads(1)  # what else runs on the machine would slow two threads far more than one
 
 HERE = Path(d2dmoe.__file__).resolve().parent
 PYTHONPATH = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
@@ -923,6 +925,13 @@ def test_every_layout_of_a_hugging_face_folder_is_computed_exactly(kind, tmp_pat
         assert_computes(next((tmp_path / "a").glob("*model*")), weights, n_head=8)
 
 
+def test_of_tied_embedding_and_head_either_may_be_the_one_that_is_stored(tmp_path):
+    weights = gpt2_weights()
+    stored = {"lm_head.weight": weights["wte.weight"]} | {f"transformer.{k}": w for k, w in weights.items() if k != "wte.weight"}
+    assert_computes(hf_folder(tmp_path / "a", stored), weights, n_head=8)
+    assert "does not hold a GPT-2" in refused(d2dmoe.load_model, hf_folder(tmp_path / "b", stored, tie_word_embeddings=False))
+
+
 @pytest.mark.parametrize("changes, reference, sizes", [
     (dict(), dict(), dict()), (dict(n_head=2), dict(n_head=2), dict()), (dict(activation_function="relu"), dict(activation="relu"), dict()),
     (dict(activation_function="gelu"), dict(activation="gelu"), dict()), (dict(n_inner=40), dict(), dict(d_ff=40)),
@@ -945,6 +954,7 @@ def test_hyper_parameters_that_weights_cannot_tell_come_from_config_json(changes
     (dict(pruned_heads={"0": [1]}), "pruned_heads"), (dict(n_head="absent"), "lack.* n_head"), (dict(n_head=5), "multiple of n_head"), (dict(n_head="8"), "n_head must be of type int"),
     (dict(n_layer=3), "2 blocks for n_layer 3"),
     (dict(n_inner=64), "fits its own sizes"), (dict(vocab_size=300), "fits its own sizes"), (dict(n_embd=64), "fits its own sizes"), (dict(n_positions=32), "fits its own sizes"),
+    (dict(activation_function=["relu"]), "activation_function"), (dict(scale_attn_weights=None), "scale_attn_weights"),
     (dict(layer_norm_epsilon="x"), "layer_norm_epsilon must be of type"), (dict(layer_norm_epsilon=0), "layer_norm_epsilon"),
     (dict(tie_word_embeddings=True), "lm_head.weight differs from wte.weight"),
 ])  # fmt: skip
@@ -2123,7 +2133,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         ("--num_experts 7 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--out", out, "--num_experts", "7"),
         ("--expert_size 5 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--out", out, "--expert_size", "5"),
         ("not allowed with argument", convert.main, "--ckpt", trained, "--expert_size", "8", "--num_experts", "8"),
-        ("has a classifier for a router", convert.main, "--ckpt", trained, "--recipe", "moefication", "--router_power", "0.5"),
+        ("--recipe moefication.* neither --router_power nor", convert.main, "--ckpt", trained, "--recipe", "moefication", "--router_power", "0.5"),
         ("tokens are too few for a context of 16", train.main, *small, "--data", tmp_path / "empty.txt"),
         ("nothing is not UTF-8 text", train.main, *small, "--data", tmp_path / "nothing"), ("nowhere: no such file or folder", train.main, *small, "--data", tmp_path / "nowhere"),
         ("n_embd 15 must be a multiple of n_head", train.main, *small, "--n_embd", "15"), ("cuda:77 cannot be used here", sample.main, "--device", "cuda:77"),
@@ -2393,7 +2403,7 @@ def test_moments_that_do_not_fit_are_refused_before_the_optimizer_sees_them(wron
     state[name] = wrong(state[name])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     line = refused(train.main, "--init", "resume", "--out", tmp_path, "--steps", 40)
-    assert f"ckpt.pt cannot be resumed" in line and f"use it with --init {tmp_path}/ckpt.pt" in line
+    assert "ckpt.pt cannot be resumed" in line and f"use it with --init {tmp_path}/ckpt.pt" in line
 
 
 def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
@@ -2520,3 +2530,26 @@ def test_random_command_lines_have_a_clear_outcome(trained, tmp_path, capsys, mo
         err = capsys.readouterr().err
         assert (outcomes[-1], err) == (0, "") or (outcomes[-1] == 1 and re.fullmatch("error: .+\n", err)), (arguments, err)
     assert 20 * LONG < sum(outcomes) < 100 * LONG
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+
+
+def test_the_readmes_python_runs_in_a_notebook(trained, capsys):
+    torch.manual_seed(0)
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    for snippet in snippets:
+        exec(snippet.replace('"out"', repr(str(trained))), {})
+    out = capsys.readouterr().out
+    share, error = re.search(r"(\d+)% of the experts, error ([\d.]+)", out).groups()
+    assert len(snippets) == 2 and "torch.Size([1, 9, 257])" in out and int(share) < 30 and float(error) < 0.1
+
+
+def test_the_readmes_commands_have_options_that_exist():
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("convert.py --ckpt out/ && ", "convert.py --ckpt out/\n")
+    commands = re.findall(r"^(?:torchrun \S+ |python )(train|convert|sample)\.py([^#\n]*)", text, flags=re.MULTILINE)
+    assert len(commands) >= 12
+    for name, rest in commands:
+        if "resume" not in rest:
+            getattr(globals()[name], "parse_arguments")(shlex.split(rest))

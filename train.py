@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,7 +48,8 @@ from kernels import ACTIVATIONS
 
 PRESETS = {
     "default": {},
-    # 124M shapes and what the authors' GPT-2 script does, but for its dropout of 0.1: there is none here.
+    # The sizes of GPT-2 124M and the settings of the authors' script, but for its dropout of 0.1 (there is none here) and
+    # its bfloat16 (add --dtype bfloat16).
     "gpt2": dict(
         tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, activation="relu", penalty="l1", alpha=5e-4,
         alpha_ramp=0.0, steps=1000, batch_size=8, grad_accum=120, lr=6e-4, final_lr=0.0, warmup=100, eval_every=50,
@@ -57,6 +57,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 MODEL = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "penalty")  # options that are fields of GPTConfig
+RUN_OPTIONS = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # not kept: of one run, or in the config anyway
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +134,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--compile", action="store_true", help="torch.compile the model")
     defaults, args = vars(parser.parse_args([])), parser.parse_args(argv)
 
-    def without_defaults(words):  # no default replaces what a namespace holds already
+    def without_defaults(words):  # argparse leaves alone what a namespace holds: what is still the marker was not given
         options = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(defaults, parser))))
         return {k: v for k, v in options.items() if v is not parser}
 
@@ -153,9 +154,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     else:
         chosen = PRESETS[args.preset] | chosen
     return argparse.Namespace(**defaults | chosen), chosen
-
-
-RUN_OPTIONS = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # of one run only, or in the checkpoint anyway
 
 
 def as_words(args: argparse.Namespace) -> list[str]:
@@ -352,7 +350,8 @@ def main(argv: list[str] | None = None) -> int:
                     logits, penalties = step_model(x)
                     cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
                     loss = cross_entropy + alpha * torch.stack(penalties).mean()  # section 3.1 of the paper
-                    share = len(x) * world / batches.sequences  # of this piece in the mean over the step's sequences
+                    # This piece's weight in the mean over the step's sequences; times world, by which DDP divides.
+                    share = len(x) * world / batches.sequences
                     (share * loss).backward()
                 total += share * cross_entropy.detach()
             upcoming = batches[step + 1] if step + 1 < args.steps else []  # read and queued while a GPU computes
@@ -408,6 +407,7 @@ def initial_model(args: argparse.Namespace, chosen: dict, base: GPT | None, toke
     config, resuming = base.config, args.init == "resume"
     if config.num_experts or config.projections != "linear":
         raise ValueError(f"--init {args.init} is a converted model: training starts from a dense one")
+    # A preset's sizes give way to the checkpoint's; an option on the command line must agree.
     for name in MODEL if resuming else ("n_layer", "n_head", "n_embd", "bias"):
         given = chosen.get(name, getattr(config, name))
         if given != getattr(config, name) and given != PRESETS[args.preset].get(name):
@@ -605,7 +605,7 @@ def open_tokens(folder: Path, block_size: int, vocab_size: int) -> tuple[np.ndar
 
 
 def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
-    """Tells a changed corpus."""
+    """Identifies a corpus, so that another one is noticed."""
     return {"train_tokens": len(train), "val_tokens": len(val), "val_crc32": zlib.crc32(val[: 1 << 24].tobytes())}
 
 
@@ -686,9 +686,11 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         message = f"error: {' '.join(str(error).split())}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        rank_zero_ended = dist.is_initialized() and dist.get_rank() > 0 and "onnection" in str(error)  # and has said why
+        if not memory and not rank_zero_ended:
             raise
-        message = "error: out of memory: lower --batch_size (and raise --grad_accum as much) or the sizes of the model"
+        message = "error: out of memory: lower --batch_size or the sizes of the model" if memory else ""
     for stream, descriptor, text in ((sys.stderr, 2, message), (sys.stdout, 1, "")):
         try:
             print(printable(text), end="\n" if text else "", file=stream, flush=True)
@@ -732,9 +734,7 @@ def claim(folder: Path, *names: str) -> BinaryIO | None:
     for name in names:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, but a file of that name is to be written: choose another --out")
-    with tempfile.TemporaryFile(dir=folder):
-        pass  # it is writable
-    lock = open(folder / ".lock", "wb")
+    lock = open(folder / ".lock", "wb")  # fails where the folder cannot be written
     with contextlib.suppress(ImportError):  # Windows has no fcntl, some file systems no locks
         import fcntl
 
