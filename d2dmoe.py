@@ -43,7 +43,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import ACTIVATIONS, expert_ffn, linear
+try:
+    from kernels import ACTIVATIONS, expert_ffn, linear
+except ImportError as error:  # PyPI has a package of that name, too
+    raise ImportError(f"{error}: put the folder of d2dmoe.py and kernels.py first on sys.path, and restart") from error
 
 Gate = Callable[[Tensor], Tensor]  # norms [N, E] -> executed [N, E] bool
 

@@ -1141,6 +1141,13 @@ def test_what_is_no_checkpoint_is_refused_with_its_reason(kind, tmp_path, monkey
     assert not (tmp_path / "executed").exists()
 
 
+def test_another_package_named_kernels_is_explained(tmp_path):
+    (tmp_path / "kernels.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(HERE)!r}]; import d2dmoe"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "ImportError: cannot import name" in result.stderr and "kernels.py first on sys.path, and restart" in result.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
