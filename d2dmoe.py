@@ -681,7 +681,7 @@ def recognise(raw: dict, source: str | Path) -> dict:
         tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
         return {"model": weights, "config": config | tie_of(weights), "tokenizer": tokenizer}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
-        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of the first edition
+        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
         check_fields(raw["config"], sizes | {"bias", "activation", "penalty"}, fields | earlier, f"{source}, in its config,")
         if raw["config"].get("num_experts") and raw["config"].keys() & earlier:
             raise ValueError(f"{source} was converted by an earlier version: run convert.py again")
