@@ -3,6 +3,7 @@
     python convert.py --ckpt out/                                  the paper's recipe
     python convert.py --ckpt out/ --out better/ --recipe better    fewer experts at the same loss
     python convert.py --ckpt out/ --out attention/ --attention     the attention projections too
+    python convert.py --ckpt out/ --out tuned/ --recipe better --finetune 1000      fewer still, beyond the paper
     python convert.py --ckpt out/ --eval --taus 0.5 0.85           another table for the same conversion: no training
 
 It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
@@ -12,7 +13,8 @@ The recipe, in the order of this file (main runs 3 first, where it is asked for)
 1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
 2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
 3. With --attention: train two-layer MLPs to imitate the attention projections; then 1 and 2 treat them like the rest.
-4. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
+4. Beyond the paper, with --finetune: train the whole model briefly with the gate on.
+5. Measure loss against cost over tau, beside top-k and beside an oracle that knows the true norms.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    Batches, Parser, add_system_options, check_memory, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
+    Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
     open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
 
@@ -185,7 +187,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
     Several independent layers can be trained in one call by summing their losses: their gradients do not interact, and
     Adam is (up to its epsilon) invariant to the scale of a loss.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
@@ -311,7 +313,33 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Cost against loss
+# 4. Beyond the paper: fine-tuning through the gate
+
+
+def finetune(moe: GPT, batches: Batches, lr: float) -> None:
+    """Trains the whole converted model with the hard gate on, so that it learns to do without what is skipped.
+
+    The loss is cross entropy plus the routers' regression. No gradient passes the gate: an expert learns from the tokens
+    that ran it, and a router, as before, from the true norms. Each step has another tau, so that one model serves all.
+    """
+    layers, parameters = moe.layers(), [p.requires_grad_() for p in moe.parameters()]
+
+    def loss_of(x, progress):
+        # 1 - tau between 0.02 and 0.4, evenly on a log scale: multiples of the golden ratio, so that every few steps cover it
+        # all, in all processes alike.
+        tau = 1 - 0.02 * 20 ** (round(progress * len(batches)) * 0.6180339887 % 1)
+        inputs: list[Tensor] = []
+        hidden, _ = moe.hidden(x, partial(dynamic_k, tau=tau), inputs=inputs)  # [B, T, d]
+        logits = moe.lm_head(hidden[:, :-1])  # [B, T-1, V]
+        reads = zip(layers, inputs, strict=True)
+        routers = torch.stack([router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]).sum()
+        return F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()) + routers
+
+    fit(parameters, loss_of, batches, lr, "fine-tuning")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Cost against loss
 
 EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations stay in a CPU's cache
 
@@ -565,9 +593,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="paper; better: coactivation clusters and square roots of norms; moefication:"
         " the baseline, a classifier and top-k (default: %(default)s)")  # fmt: skip
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--num_experts", type=count, help="experts per feed-forward layer (default: 64)")
-    size.add_argument("--expert_size", type=count, help="neurons per expert, instead of --num_experts")
+    add("--num_experts", type=count, default=64, help="experts per feed-forward layer (default: %(default)s)")
     add("--attention", action="store_true", help="convert the attention projections too")
     add("--projection_experts", type=count, help="experts per projection (default: the largest power of two up to 32 that divides)")
     add("--split", choices=("weights", "coactivation"), help="which neurons are alike (default: the recipe's)")
@@ -577,14 +603,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the projection MLPs"
         " before, a quarter of them each by itself (default: %(default)s)")  # fmt: skip
+    add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate on, which"
+        " the paper does not do (default: %(default)s)")  # fmt: skip
     add("--batch_size", type=count, default=8, help="sequences per step (default: %(default)s)")
     add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate (default: %(default)s)")
     add = add_system_options(parser).add_argument
     add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.recipe == "moefication" and (args.router_power or args.attention):
-        raise ValueError("--recipe moefication, the baseline, has neither --router_power nor --attention")
+    if args.recipe == "moefication" and (args.router_power or args.attention or args.finetune):
+        raise ValueError("--recipe moefication, the baseline, has no --router_power, --attention or --finetune")
     return args
 
 
@@ -592,12 +620,8 @@ def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     """The dense model's config with what the options say of experts and routers. Raises ValueError."""
     c, (_, router, power, width_of) = dense.config, RECIPES[args.recipe]
     width = args.router_width or max(1, min(128, width_of(c.n_embd)))
-    if args.expert_size and c.d_ff % args.expert_size:
-        raise ValueError(f"--expert_size {args.expert_size} does not divide the {c.d_ff} neurons of a feed-forward layer")
-    experts = args.num_experts or (c.d_ff // args.expert_size if args.expert_size else 64)
-    if c.d_ff % experts:
-        raise ValueError(f"--num_experts {experts} does not divide the {c.d_ff} neurons of a feed-forward layer")
-    config = replace(c, num_experts=experts, router=router, router_width=width, router_power=args.router_power or power)
+    power = args.router_power or power
+    config = replace(c, num_experts=args.num_experts, router=router, router_width=width, router_power=power)
     if not args.attention:
         return config
     return replace(
@@ -638,8 +662,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{out}/d2dmoe.pt is a dense model")
     else:
         config = converted_config(dense, args)
-        recipe += f" E={config.num_experts} r={config.router_width}"
-        check_memory(args.batch_size * config.block_size * config.d_ff * 12, device)
+        recipe += f"{' + fine-tuning' if args.finetune else ''} E={config.num_experts} r={config.router_width}"
 
         def batches(steps, seed):
             return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
@@ -661,6 +684,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{config.n_layer} blocks of {config.num_experts} experts with {config.d_ff // config.num_experts} neurons, split in "
             f"{time.perf_counter() - start:.0f} s")  # fmt: skip
         train_routers(moe, batches(args.steps, 1), args.lr)
+        if args.finetune:
+            finetune(moe, batches(args.finetune, 3), args.lr / 10)
         moe.requires_grad_(False)
         if rank > 0:
             return

@@ -918,7 +918,7 @@ def test_every_layout_of_a_hugging_face_folder_is_computed_exactly(kind, tmp_pat
     assert model.lm_head.weight is model.transformer.wte.weight
     one = next((tmp_path / "a").glob("*00002*"), None)
     if one is not None:
-        assert re.search("one shard of a model: give the folder", refused(d2dmoe.load_model, one))
+        assert re.search("does not hold a (GPT-2|model)", refused(d2dmoe.load_model, one))
         one.unlink()
         assert one.name in refused(d2dmoe.load_model, tmp_path / "a")
     else:  # the file in it, too
@@ -1104,7 +1104,7 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [
-    "nothing", "an empty folder", "empty file", "truncated", "a bit flipped", "picture", "pickle", "pickle with code", "pipe", "folder", "adapter folder", "no package",
+    "nothing", "an empty folder", "empty file", "truncated", "a bit flipped", "picture", "pickle", "pickle with code", "folder", "adapter folder", "no package",
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused_with_its_reason(kind, tmp_path, monkeypatch):
     d2dmoe.save_checkpoint(tmp_path / "good.pt", tiny_dense())
@@ -1118,14 +1118,9 @@ def test_what_is_no_checkpoint_is_refused_with_its_reason(kind, tmp_path, monkey
     if kind in contents:
         path.write_bytes(contents[kind])
         message = {"pickle with code": "object of (builtins|io|_io).open|damaged", "pickle": "does not hold a GPT-2|damaged"}.get(kind, message)
-    elif kind == "pipe":
-        if not hasattr(os, "mkfifo"):
-            pytest.skip("no pipes")
-        os.mkfifo(path)  # nobody writes to it: reading would wait for ever
-        message = "ckpt.pt is not a regular file"
     elif kind == "folder":
         path.mkdir()
-        message = "ckpt.pt is not a regular file"
+        message = "Is a directory"
     elif kind == "adapter folder":
         (path.parent / "adapter_config.json").write_text("{}")
         message = "PEFT adapter: merge it into its model"
@@ -1713,6 +1708,44 @@ def test_training_routers_changes_routers_alone_and_lowers_their_loss(trained, r
     assert all(torch.equal(p, frozen[n]) for n, p in moe.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_finetuning_is_cross_entropy_through_the_gate_and_the_routers_regression(trained, monkeypatch, attention):
+    dense = d2dmoe.load_model(trained / "ckpt.pt").requires_grad_(False)
+    moe = tiny_moe(with_projection_mlps(dense) if attention else dense)
+    for layer in moe.layers():  # untrained routers hardly tell experts apart
+        layer.router.fc2.weight.data.mul_(torch.logspace(-2, 0, len(layer.w1)).unsqueeze(1))
+    batches = train.Batches(tokens_of(trained), moe.config, 5, 4, 0, torch.device("cpu"))
+    monkeypatch.setattr(convert, "fit", lambda parameters, loss_of, *_: made.update(parameters=parameters, loss_of=loss_of))
+    made = {}
+    convert.finetune(moe, batches, lr=1e-3)
+    [(x, y)] = batches[2]
+    made["loss_of"](x, 2 / 5).backward()
+    tau = 1 - math.exp(math.log(0.02) + (2 * (math.sqrt(5) - 1) / 2 % 1) * math.log(0.4 / 0.02))
+    routers = [n for n, _ in moe.named_parameters() if "router" in n]
+    assert len(made["parameters"]) == len(list(moe.parameters())) and len(routers) == 2 * len(moe.layers())
+    ours = {n: p.grad.clone() for n, p in moe.named_parameters()}
+
+    moe.zero_grad()
+    logits, executed = moe(x, partial(dynamic_k, tau=tau))
+    assert 0.1 < torch.cat([e.flatten() for e in executed]).float().mean() < 0.95
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, :-1].flatten()).backward()
+    assert all(p.grad is None for n, p in moe.named_parameters() if n in routers), "no gradient passes the gate"
+    moe.hidden(x, partial(dynamic_k, tau=tau), inputs=(inputs := []))
+    for layer, read in zip(moe.layers(), inputs, strict=True):
+        convert.router_loss(layer, read.detach().flatten(0, 1)).backward()
+    for n, p in moe.named_parameters():
+        assert torch.allclose(ours[n], p.grad, rtol=1e-3, atol=1e-6), n
+
+
+def test_finetuning_lowers_the_loss_of_few_experts(trained, tmp_path, capsys):
+    losses = {}
+    for steps in (0, 60):
+        convert.main([*CONVERT, "--ckpt", str(trained), "--out", str(tmp_path / str(steps)), "--taus", "0.5", "--finetune", str(steps)])
+        [row] = [p for p in convert.read_table(tmp_path / str(steps)) if p["rule"] == "dynamic_k"]
+        losses[steps] = row["loss"]
+    assert losses[60] < losses[0] and "paper + fine-tuning E=8" in row["recipe"] and "fine-tuning: step    60 of 60" in capsys.readouterr().out
+
+
 class TrueNorms(torch.nn.Module):
     """A router that computes the definition"""
 
@@ -2137,10 +2170,8 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         ("is a converted model: training starts from a dense one", train.main, *small, "--init", trained / "d2dmoe.pt"),
         ("--tau.* 1.5 does not lie between 0 and 1", sample.main, "--ckpt", trained, "--tau", "1.5"), ("--tau.* nan does not lie", sample.main, "--tau", "nan"),
         ("--taus.* -0.5 does not lie", convert.main, "--ckpt", trained, "--taus", "0.5", "-0.5"),
-        ("--num_experts 7 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--out", out, "--num_experts", "7"),
-        ("--expert_size 5 does not divide the 64 neurons", convert.main, "--ckpt", trained, "--out", out, "--expert_size", "5"),
-        ("not allowed with argument", convert.main, "--ckpt", trained, "--expert_size", "8", "--num_experts", "8"),
-        ("--recipe moefication.* neither --router_power nor", convert.main, "--ckpt", trained, "--recipe", "moefication", "--router_power", "0.5"),
+        ("7 experts do not divide 64 neurons", convert.main, "--ckpt", trained, "--out", out, "--num_experts", "7"),
+        ("--recipe moefication.* has no --router_power", convert.main, "--ckpt", trained, "--recipe", "moefication", "--router_power", "0.5"),
         ("tokens are too few for a context of 16", train.main, *small, "--data", tmp_path / "empty.txt"),
         ("nothing is not UTF-8 text", train.main, *small, "--data", tmp_path / "nothing"), ("nowhere: no such file or folder", train.main, *small, "--data", tmp_path / "nowhere"),
         ("n_embd 15 must be a multiple of n_head", train.main, *small, "--n_embd", "15"), ("cuda:77 cannot be used here", sample.main, "--device", "cuda:77"),
@@ -2151,7 +2182,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         ("no train.bin and val.bin beside", convert.main, "--ckpt", tmp_path / "nano.pt"), ("do not agree how tokens are spelled", convert.main, "--ckpt", trained, "--tokenizer", "gpt2"),
         ("does not tell its tokens: add --tokenizer", train.main, *small, "--init", tmp_path / "nano.pt"),
         ("train.bin and val.bin are missing: give the text as --data", train.main, "--init", "resume", "--out", tmp_path / "bare", "--steps", "50"),
-        ("a batch needs .* GB of memory.*lower --batch_size", train.main, *small, "--batch_size", "10000000000"),
     ]:  # fmt: skip
         if not (tmp_path / "nano.pt").exists():  # a checkpoint that does not tell its tokenizer
             d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())
@@ -2163,8 +2193,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     assert re.search("connect to the internet once, or set TIKTOKEN_CACHE_DIR.*sha1 of their URL", refused(train.main, *small, "--tokenizer", "gpt2"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "--compile needs a C++ compiler" in refused(train.main, *small, "--compile")
-    monkeypatch.setenv("RANK", "0")  # without torchrun
-    assert re.search("RANK is set but LOCAL_RANK, .* not: start by torchrun, or unset RANK", refused(train.main, *small))
     assert not (tmp_path / "executed").exists() and not list(out.glob("*.pt"))
     assert {p: p.read_bytes() for p in before} == before
 
@@ -2186,7 +2214,6 @@ def test_what_the_end_needs_is_tried_at_the_start(trained, tmp_path, monkeypatch
     monkeypatch.undo()
     arguments = [*CONVERT, "--ckpt", trained, "--out", tmp_path / "out"]
     assert ended(convert.main, *arguments, "--router_width", 2**40) == 1 and "out of memory" in capsys.readouterr().err
-    assert "lower --batch_size" in refused(convert.main, *arguments, "--batch_size", 10**11)
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
@@ -2497,46 +2524,6 @@ def test_corrupted_checkpoints_are_refused_or_load_to_the_same_values(trained, t
             assert trial % 3 != 2, "wrong content was accepted"
             assert_same_weights(model.state_dict(), good["model"])
     assert refusals > 105 * LONG and not marker.exists()
-
-
-def test_random_command_lines_have_a_clear_outcome(trained, tmp_path, capsys, monkeypatch):
-    draw, text, numbers = random.Random(0), trained / "text.txt", ["0", "1", "2", "3", "8", "-1", "nan", "1e9", "x", ""]
-    for owner, name in ((tiktoken, "get_encoding"), (torch.hub, "load_state_dict_from_url")):
-        monkeypatch.setattr(owner, name, lambda *a, **k: (_ for _ in ()).throw(ConnectionError()))
-    options = {
-        train.main: {
-            "--init": ["scratch", "resume", "gpt2", trained, "nowhere"], "--data": [text, "nowhere", tmp_path, trained], "--tokenizer": ["bytes", "gpt2", "x"], "--n_layer": ["1", "0", "x"],
-            "--n_head": ["1", "3"], "--n_embd": ["8", "7"], "--block_size": ["8", "0", "4000"], "--activation": ["relu", "gelu", "x"], "--penalty": ["hoyer", "l1", "none"],
-            "--alpha": numbers, "--alpha_ramp": numbers, "--batch_size": ["1", "3", "0"], "--grad_accum": ["1", "2", "-1"], "--lr": numbers, "--final_lr": numbers, "--warmup": ["0", "5", "-1"],
-            "--beta2": numbers, "--grad_clip": numbers, "--weight_decay": numbers, "--eval_every": ["1", "0"], "--eval_windows": numbers, "--dtype": ["float32", "bfloat16", "x"],
-            "--seed": numbers, "--no_bias": [None], "--preset": ["default", "x"], "--bogus": ["1"],
-        },
-        convert.main: {
-            "--num_experts": ["4", "5", "0", "64", "x"], "--expert_size": ["4", "3", "64"], "--attention": [None], "--split": ["weights", "coactivation", "x"], "--eval": [None],
-            "--recipe": ["paper", "better", "moefication", "x"], "--router_power": numbers, "--router_width": ["1", "0", "5"], "--projection_experts": numbers, "--batch_size": ["1", "2", "0"],
-            "--lr": numbers, "--taus": ["0", "0.5", "2", "x"], "--seed": numbers, "--data": [text, "nowhere", trained], "--tokenizer": ["bytes", "gpt2"], "--device": ["cpu", "toaster"],
-            "--compare": [trained, "nowhere"], "--eval_windows": ["1", "0"],
-        },
-        sample.main: {
-            "--tau": numbers, "--prompt": ["", "ab", "\u00e9\U0001f600", "x" * 40, "<|endoftext|>"], "--num_samples": ["1", "2", "0"], "--temperature": numbers, "--top_k": numbers,
-            "--color": ["always", "never", "x"], "--seed": numbers, "--device": ["cpu", "toaster"], "--ignore_end": [None], "--ckpt": [trained / "ckpt.pt", "nowhere"],
-        },
-    }  # fmt: skip
-    outcomes = []
-    for trial in range(120 * LONG):
-        main, arguments = draw.choice(list(options)), []
-        for option in draw.sample(list(options[main]), draw.randint(1, 3)):
-            value = draw.choice(options[main][option])
-            arguments += [option] if value is None else [option, value]
-        base = {
-            train.main: [*TINY, "--data", text, "--steps", "1", "--out", tmp_path / str(trial)],
-            convert.main: ["--ckpt", trained, "--steps", "1", "--taus", "0.9", "--eval_windows", "2", "--device", "cpu", "--out", tmp_path / str(trial)],
-            sample.main: ["--ckpt", trained, "--max_new_tokens", "3", "--device", "cpu"],
-        }[main]  # fmt: skip
-        outcomes.append(ended(main, *base, *arguments))
-        err = capsys.readouterr().err
-        assert (outcomes[-1], err) == (0, "") or (outcomes[-1] == 1 and re.fullmatch("error: .+\n", err)), (arguments, err)
-    assert 20 * LONG < sum(outcomes) < 100 * LONG
 
 
 # ---------------------------------------------------------------------------------------------------------------------
