@@ -528,35 +528,22 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
 # Out again
 
 
-@torch.no_grad()
 def export_gpt2(model: GPT, folder: Path) -> None:
-    """Writes a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads with equal logits: a dense model, or a converted
-    one as with tau = 1. Raises ValueError for converted projections, OSError."""
-    c = model.config
-    if c.projections != "linear":
-        raise ValueError("a model with converted attention projections is no GPT-2: export its dense checkpoint")
+    """Writes a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads with equal logits, of a dense model. Raises
+    ValueError if the folder holds a model already, OSError."""
     if any((folder / name).exists() for name in HF_WEIGHTS):
         raise ValueError(f"{folder} holds a model already: --export takes a new folder")
-    weights = {}
+    c, weights = model.config, {}
     for name, w in model.state_dict().items():
-        if ".mlp." not in name:
-            weights[name] = w.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight")) else w  # stored as [in, out]
-        if name.endswith((".weight",)) and not c.bias and any(part in name for part in ("ln_", "c_attn", "c_proj")):
-            weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))  # Hugging Face's have biases
-    for i, block in enumerate(model.transformer.h):
-        mlp, prefix = block.mlp, f"transformer.h.{i}.mlp."
-        if c.num_experts:
-            w1, b1, w2, b2 = mlp.w1.flatten(0, 1), mlp.b1.flatten(), mlp.w2.flatten(0, 1), mlp.b2  # [d_ff, d], [d_ff], [d_ff, d], [d]
-        else:
-            w1, b1, w2, b2 = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight.t(), mlp.c_proj.bias  # the same
-        weights |= {prefix + "c_fc.weight": w1.t().contiguous(), prefix + "c_proj.weight": w2.contiguous()}
-        weights[prefix + "c_fc.bias"] = b1 if b1 is not None else w1.new_zeros(len(w1))
-        weights[prefix + "c_proj.bias"] = b2 if b2 is not None else w1.new_zeros(c.n_embd)
+        linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        weights[name] = w.t().contiguous() if linear and name.endswith("weight") else w  # stored as [in, out]
+        if not c.bias and (linear or "ln_" in name):  # Hugging Face's layers always have biases
+            weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))
     names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
     hf = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation], "n_layer": c.n_layer,
-        "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size, "vocab_size": c.vocab_size,
-        "layer_norm_epsilon": c.layer_norm_epsilon, "tie_word_embeddings": c.tie_weights,
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation],
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size,
+        "vocab_size": c.vocab_size, "layer_norm_epsilon": c.layer_norm_epsilon, "tie_word_embeddings": c.tie_weights,
     }  # fmt: skip
     with atomic_write(folder / "pytorch_model.bin") as f:
         torch.save(weights, f)
@@ -588,7 +575,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="text or a folder of .bin files, as in train.py (default: train.bin and val.bin beside the checkpoint)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own)")
     add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: nothing is trained")
-    add("--export", type=Path, metavar="FOLDER", help="only write the checkpoint as a folder for Hugging Face's transformers")
+    add("--export", type=Path, metavar="FOLDER", help="only write the dense model as a folder for Hugging Face's transformers")
     add("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="other conversions to show in the picture")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="paper; better: coactivation clusters and square roots of norms; moefication:"
@@ -640,11 +627,11 @@ def main(argv: list[str] | None = None) -> None:
     with rank_zero_first():
         checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
         dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
+        if dense.config.num_experts:
+            raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         if args.export:
             export_gpt2(dense, args.export)
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
-        if dense.config.num_experts:
-            raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, out)
     tables = [read_table(folder) for folder in args.compare]

@@ -720,7 +720,11 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     if not path.exists():
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-        step = f"run convert.py --ckpt {path.parent} first" if path.with_name("ckpt.pt").exists() else "run train.py first"
+        step = "run train.py first"
+        if path.with_name("ckpt.pt").exists():
+            step = f"run convert.py --ckpt {path.parent} first"
+        elif path.with_name("d2dmoe.pt").exists():
+            step = "there is only a conversion; give the folder of the dense model that it was made from"
         raise FileNotFoundError(f"no checkpoint at {path}: {step}, or check the path (by name: {', '.join(GPT2_REPOS)})")
     hf_config = path.with_name("config.json")
     if path.name.endswith(".index.json"):

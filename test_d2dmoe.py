@@ -1910,20 +1910,19 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, tmp_path, cap
 ], ids=str)  # fmt: skip
 def test_export_writes_a_gpt2_of_hugging_faces_that_computes_the_same(changes, tmp_path):
     dense, idx = tiny_dense(**changes), torch.randint(257, (2, 16))
-    for name, model in (("dense", dense), ("experts", tiny_moe(dense))):
-        d2dmoe.save_checkpoint(tmp_path / "ckpt.pt", model)
-        convert.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--export", str(tmp_path / name)])
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
-        assert (config["model_type"], names[dense.config.activation]) == ("gpt2", config["activation_function"]), "by transformers' own names"
-        weights = torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True)
-        expected = plain_gpt2(weights, idx, config["n_head"], dense.config.activation, config["layer_norm_epsilon"])
-        assert (dense(idx)[0].double() - expected).abs().max() < 1e-4
-        assert torch.allclose(d2dmoe.load_model(tmp_path / name)(idx)[0], dense(idx)[0], atol=1e-4)
-        standard = {f"transformer.{k}" for k in gpt2_weights()} | {"lm_head.weight"}
-        assert weights.keys() == standard and weights["transformer.h.0.mlp.c_fc.weight"].shape == (16, dense.config.d_ff) and config["n_inner"] == dense.config.d_ff
-    d2dmoe.save_checkpoint(tmp_path / "ckpt.pt", tiny_moe(with_projection_mlps(dense)))
-    assert "is no GPT-2: export its dense checkpoint" in refused(convert.main, "--ckpt", tmp_path / "ckpt.pt", "--export", tmp_path / "c")
+    d2dmoe.save_checkpoint(tmp_path / "ckpt.pt", dense)
+    export = ["--ckpt", str(tmp_path / "ckpt.pt"), "--export", str(tmp_path / "hf")]
+    convert.main(export)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
+    assert (config["model_type"], names[dense.config.activation]) == ("gpt2", config["activation_function"]), "by transformers' own names"
+    weights = torch.load(tmp_path / "hf/pytorch_model.bin", weights_only=True)
+    expected = plain_gpt2(weights, idx, config["n_head"], dense.config.activation, config["layer_norm_epsilon"])
+    assert (dense(idx)[0].double() - expected).abs().max() < 1e-4
+    assert torch.allclose(d2dmoe.load_model(tmp_path / "hf")(idx)[0], dense(idx)[0], atol=1e-4)
+    assert weights.keys() == {f"transformer.{k}" for k in gpt2_weights()} | {"lm_head.weight"}
+    assert weights["transformer.h.0.mlp.c_fc.weight"].shape == (16, dense.config.d_ff) and config["n_inner"] == dense.config.d_ff
+    assert "holds a model already: --export takes a new folder" in refused(convert.main, *export)
 
 
 def test_foreign_checkpoints_convert(trained, tmp_path):
@@ -2159,6 +2158,8 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     (tmp_path / "half.pt").write_bytes(ckpt.read_bytes()[:9999])
     torch.save({"model": {}, "evil": Evil(tmp_path / "executed")}, tmp_path / "evil.pt")
     copy_run(trained, tmp_path / "run")
+    (tmp_path / "converted").mkdir()
+    shutil.copy(trained / "d2dmoe.pt", tmp_path / "converted")
     before, small = {p: p.read_bytes() for p in trained.iterdir()}, [*TINY, "--steps", "1", "--data", text, "--out", out]
     for message, main, *arguments in [
         ("no checkpoint at .*nowhere", sample.main, "--ckpt", tmp_path / "nowhere"), ("no checkpoint at .*nowhere", convert.main, "--ckpt", tmp_path / "nowhere"),
@@ -2166,6 +2167,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         ("no checkpoint at .*nowhere.pt", train.main, *small, "--init", tmp_path / "nowhere.pt"),
         ("half.pt is damaged or not a checkpoint", convert.main, "--ckpt", tmp_path / "half.pt"),
         ("evil.pt holds an object of .*open", train.main, *small, "--init", tmp_path / "evil.pt"),
+        ("there is only a conversion; give the folder of the dense model", convert.main, "--ckpt", tmp_path / "converted"),
         ("is converted already", convert.main, "--ckpt", trained / "d2dmoe.pt"),
         ("is a converted model: training starts from a dense one", train.main, *small, "--init", trained / "d2dmoe.pt"),
         ("--tau.* 1.5 does not lie between 0 and 1", sample.main, "--ckpt", trained, "--tau", "1.5"), ("--tau.* nan does not lie", sample.main, "--tau", "nan"),
@@ -2533,11 +2535,15 @@ def test_corrupted_checkpoints_are_refused_or_load_to_the_same_values(trained, t
 def test_the_readmes_python_runs_in_a_notebook(trained, capsys):
     torch.manual_seed(0)
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    for snippet in snippets:
-        exec(snippet.replace('"out"', repr(str(trained))), {})
+    for i, snippet in enumerate(snippets):
+        names = names if i == 3 else {}  # the last one goes on from the one before
+        exec(snippet.replace('"out"', repr(str(trained))), names)
     out = capsys.readouterr().out
     share, error = re.search(r"(\d+)% of the experts, error ([\d.]+)", out).groups()
-    assert len(snippets) == 2 and "torch.Size([1, 9, 257])" in out and int(share) < 30 and float(error) < 0.1
+    assert len(snippets) == 4 and "torch.Size([1, 9, 257])" in out and int(share) < 30 and float(error) < 0.1
+    assert -1 <= float(re.search(r"correlation (\S+)", out)[1]) <= 1 and re.search(r"^0 [\d.]+\n1 [\d.]+$", out, re.MULTILINE)
+    norms = torch.tensor([[5.0, 1.0, 3.0, 1.0], [1.0, 1.0, 1.0, 97.0]])
+    assert names["top_mass"](norms, 0.8).tolist() == [[True, False, True, False], [False, False, False, True]]
 
 
 def test_the_readmes_commands_have_options_that_exist():
