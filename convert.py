@@ -158,17 +158,17 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
 
 
 @torch.no_grad()
-def split_model(dense: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
-    """Fills the experts of `moe` from the MLPs of `dense`; its routers stay as they were drawn.
+def split_model(source: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
+    """Fills the experts of `moe` from the MLPs of `source`; its routers stay as they were drawn.
 
     sample: tokens [B, T] on which to see which neurons fire together; None: neurons are grouped by their weights.
     """
-    moe.load_state_dict(dense.state_dict(), strict=False)  # all that is not split keeps its name
+    moe.load_state_dict(source.state_dict(), strict=False)  # all that is not split keeps its name
     inputs: list[Tensor] = []
     if sample is not None:
-        dense.hidden(sample, inputs=inputs)
+        source.hidden(sample, inputs=inputs)
     clock = time.perf_counter()
-    for i, (mlp, layer) in enumerate(zip(dense.layers(), moe.layers(), strict=True)):
+    for i, (mlp, layer) in enumerate(zip(source.layers(), moe.layers(), strict=True)):
         features = coactivation_features(mlp, inputs[i].flatten(0, 1)) if inputs else weight_features(mlp)
         split_mlp(mlp, layer, balanced_kmeans(features, len(layer.w1), seed))
         if time.perf_counter() - clock > 5:
@@ -181,25 +181,25 @@ def split_model(dense: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
 
 
 def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batches, lr: float, label: str) -> None:
-    """Trains `parameters` with AdamW, a cosine schedule and a short warm-up; loss_of(x, progress) -> scalar, for tokens x
-    [B, T], while progress runs from 0 to 1. Raises ValueError if the loss is not finite.
+    """Trains `parameters` with Adam, a cosine schedule and a short warm-up; loss_of(x, y, step) -> scalar, for tokens x and
+    the tokens y that follow them, [B, T] each. Raises ValueError if the loss is not finite.
 
-    Several independent layers can be trained in one call by summing their losses: their gradients do not interact, and
-    Adam is (up to its epsilon) invariant to the scale of a loss.
+    Losses of layers that share no parameters may be summed: their gradients do not interact, and Adam is (up to its
+    epsilon) invariant to the scale of a loss.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
     steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
-        [(x, _)] = batches[step]
-        loss = loss_of(x, step / steps)
+        [(x, y)] = batches[step]
+        loss = loss_of(x, y, step)
         loss.backward()
-        state = loss.detach().clone()
+        mean_loss = loss.detach().clone()
         if batches.world > 1:  # the mean over processes
-            for t in (state, *(p.grad for p in parameters)):
+            for t in (mean_loss, *(p.grad for p in parameters)):
                 dist.all_reduce(t)
                 t /= batches.world
-        if not math.isfinite(state.item()):
+        if not math.isfinite(mean_loss.item()):
             raise ValueError(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -207,7 +207,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
         if now - told > 8 or step == steps - 1:
             told = now
             left = (now - start) / (step + 1) * (steps - step - 1)
-            say(f"{label}: step {step + 1:5d} of {steps}, loss {state.item():.5f}, {left:.0f} s left")
+            say(f"{label}: step {step + 1:5d} of {steps}, loss {mean_loss.item():.5f}, {left:.0f} s left")
 
 
 def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
     """Trains all routers at once, on what their layers read when every expert runs."""
     layers, loss = moe.layers(), moefication_loss if moe.config.router == "moefication" else router_loss
 
-    def loss_of(x, progress):
+    def loss_of(x, y, step):
         inputs: list[Tensor] = []
         with torch.no_grad():
             moe.hidden(x, inputs=inputs)
@@ -266,7 +266,7 @@ def projection_examples(dense: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def projection_loss(mlp: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
-    """How far a projection MLP is from the linear layer it replaces: mean squared error over the target's variance, plus
+    """How far a projection MLP is from the linear layer it replaces: mean squared error divided by the target's variance, plus
     weight * the sparsity penalty. x, target [..., d] -> scalar"""
     y, penalty = mlp(x)
     return F.mse_loss(y, target) / target.var() + weight * penalty
@@ -298,11 +298,12 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
     projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]
     parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
-    def loss_alone(x, progress):
+    def loss_alone(x, y, step):
         examples = zip(projections, projection_examples(dense, x), strict=True)
-        return torch.stack([projection_loss(mlp, read, target, 1e-3 * progress) for mlp, (read, target) in examples]).sum()
+        weight = 1e-3 * step / len(alone)
+        return torch.stack([projection_loss(mlp, read, target, weight) for mlp, (read, target) in examples]).sum()
 
-    def loss_together(x, progress):
+    def loss_together(x, y, step):
         hidden, aux = model.hidden(x)
         penalties = [a for layer, a in zip(model.layers(), aux, strict=True) if layer in projections]
         return divergence(dense, hidden, x) + 1e-4 * torch.stack(penalties).sum()
@@ -313,27 +314,28 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Beyond the paper: fine-tuning through the gate
+# 4. Beyond the paper: fine-tuning with the gate on
+
+FINETUNE_TAUS = (0.99, 0.97, 0.94, 0.88, 0.75)  # in turns, so that one model serves the whole range
 
 
 def finetune(moe: GPT, batches: Batches, lr: float) -> None:
-    """Trains the whole converted model with the hard gate on, so that it learns to do without what is skipped.
+    """Trains all of the converted model while it runs only the selected experts, so that it learns to do without the others.
 
     The loss is cross entropy plus the routers' regression. No gradient passes the gate: an expert learns from the tokens
-    that ran it, and a router, as before, from the true norms. Each step has another tau, so that one model serves all.
+    that ran it, and a router, as before, from the true norms. The two losses share no parameter, since a router's input is
+    detached, so Adam needs no weight between them. There is no sparsity penalty: what is skipped gives it no gradient, and
+    without it the loss came out lower. Compare the result with a dense model that was trained for as many further steps.
     """
     layers, parameters = moe.layers(), [p.requires_grad_() for p in moe.parameters()]
 
-    def loss_of(x, progress):
-        # 1 - tau between 0.02 and 0.4, evenly on a log scale: multiples of the golden ratio, so that every few steps cover it
-        # all, in all processes alike.
-        tau = 1 - 0.02 * 20 ** (round(progress * len(batches)) * 0.6180339887 % 1)
+    def loss_of(x, y, step):
         inputs: list[Tensor] = []
-        hidden, _ = moe.hidden(x, partial(dynamic_k, tau=tau), inputs=inputs)  # [B, T, d]
-        logits = moe.lm_head(hidden[:, :-1])  # [B, T-1, V]
+        gate = partial(dynamic_k, tau=FINETUNE_TAUS[step % len(FINETUNE_TAUS)])
+        hidden, _ = moe.hidden(x, gate, inputs=inputs)  # [B, T, d]
+        cross_entropy = F.cross_entropy(moe.lm_head(hidden).flatten(0, 1), y.flatten())  # [B, T, V] -> [B*T, V]
         reads = zip(layers, inputs, strict=True)
-        routers = torch.stack([router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]).sum()
-        return F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()) + routers
+        return cross_entropy + torch.stack([router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]).sum()
 
     fit(parameters, loss_of, batches, lr, "fine-tuning")
 
@@ -387,17 +389,18 @@ def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> di
 
 @torch.no_grad()
 def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, turns: int = 5) -> float:
-    """Seconds of the converted model for EVAL_BATCH windows over those of the dense model, in turns; ratio of medians."""
+    """Seconds of the converted model for a batch of windows over those of the dense model, in turns; ratio of medians."""
     config, device = dense.config, dense.lm_head.weight.device
-    offsets = torch.linspace(0, len(tokens) - config.block_size - 1, EVAL_BATCH, dtype=torch.float64).long()
+    sequences = max(1, min(EVAL_BATCH, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
+    offsets = torch.linspace(0, len(tokens) - config.block_size - 1, sequences, dtype=torch.float64).long()
     x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
     seconds = ([], [])
     for _ in range(turns):
         for model, g, times in ((dense, None, seconds[0]), (moe, gate, seconds[1])):
             start = time.perf_counter()
             model(x, g)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
     return statistics.median(seconds[1]) / statistics.median(seconds[0])
 
@@ -440,10 +443,10 @@ def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: lis
 
 def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] | None:
     """Executed share and relative FLOPs at a loss, read off a rule's curve by linear interpolation; None outside of it."""
-    curve = sorted((p["loss"], p["executed"], p["flops"]) for p in points if p["rule"] == rule)
-    for (a, *low), (b, *high) in zip(curve, curve[1:]):
-        if a <= loss <= b:
-            share = (loss - a) / (b - a) if b > a else 0.0
+    curve = sorted((p["executed"], p["flops"], p["loss"]) for p in points if p["rule"] == rule)
+    for (*low, a), (*high, b) in zip(curve, curve[1:]):  # from the cheapest on
+        if b <= loss <= a:
+            share = (a - loss) / (a - b) if a > b else 1.0
             executed, flops = (x + share * (y - x) for x, y in zip(low, high, strict=True))
             return executed, flops
     return None
@@ -458,7 +461,7 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
                 flops = f", {cost[1]:6.1%} of the FLOPs" if rule != "oracle" else ""
                 say(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
             else:
-                say(f"at {percent}% above the dense loss, {rule:9}: outside of this table; --eval with other --taus extends it")
+                say(f"at {percent}% above the dense loss, {rule:9}: outside of this table (--eval measures other --taus)")
 
 
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "time", "loss", "dense_loss", "text")
@@ -517,7 +520,8 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
         axes.annotate(name.replace("$", r"\$"), (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11)
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
-    axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %", ylim=(-0.3, 10))
+    lowest = min(y for points, _, _ in curves for _, y in points)
+    axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %", ylim=(min(0, lowest) - 0.3, 10))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
@@ -529,17 +533,19 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
 
 
 def export_gpt2(model: GPT, folder: Path) -> None:
-    """Writes a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads with equal logits, of a dense model. Raises
-    ValueError if the folder holds a model already, OSError."""
-    if any((folder / name).exists() for name in HF_WEIGHTS):
+    """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits. Raises
+    ValueError for a converted model and for a folder that holds one already, OSError."""
+    if model.config.num_experts or model.config.projections != "linear":
+        raise ValueError("only a dense model can be exported as a GPT-2")
+    if any((folder / name).exists() for name in ("config.json", *HF_WEIGHTS)):
         raise ValueError(f"{folder} holds a model already: --export takes a new folder")
     c, weights = model.config, {}
     for name, w in model.state_dict().items():
-        linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
-        weights[name] = w.t().contiguous() if linear and name.endswith("weight") else w  # stored as [in, out]
-        if not c.bias and (linear or "ln_" in name):  # Hugging Face's layers always have biases
+        is_linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        weights[name] = w.t().contiguous() if is_linear and name.endswith("weight") else w  # stored as [in, out]
+        if not c.bias and (is_linear or "ln_" in name):  # Hugging Face's layers always have biases
             weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))
-    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}  # of two for gelu_tanh the first, gelu_new
     hf = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation],
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size,
@@ -593,7 +599,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate on, which"
         " the paper does not do (default: %(default)s)")  # fmt: skip
     add("--batch_size", type=count, default=8, help="sequences per step (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers; a half of it trains the projection"
+        " MLPs jointly, a tenth fine-tunes (default: %(default)s)")  # fmt: skip
     add = add_system_options(parser).add_argument
     add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
@@ -617,6 +624,43 @@ def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     )  # fmt: skip
 
 
+def described(config: GPTConfig, args: argparse.Namespace) -> str:
+    """What tables and pictures call a conversion: the recipe, what was changed in it, and the sizes."""
+    words = [args.recipe]
+    words += ["attention"] * args.attention + ["fine-tuning"] * bool(args.finetune)
+    words += [f"{args.split} split"] * bool(args.split) + [f"power {args.router_power}"] * bool(args.router_power)
+    return f"{' + '.join(words)} E={config.num_experts} r={config.router_width}"
+
+
+def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
+    """The recipe: projection MLPs if asked for, split, routers, fine-tuning if asked for. Raises ValueError."""
+    config, device, start = converted_config(dense, args), dense.lm_head.weight.device, time.perf_counter()
+
+    def batches(steps, seed):  # each stage has its own seed, and so its own batches
+        return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
+
+    source = dense
+    if args.attention:  # three quarters of the steps for training jointly, which matters more
+        alone = max(1, args.steps // 4)
+        source = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
+    moe = GPT(config).to(device).requires_grad_(False).eval()
+    sample = None
+    if (args.split or RECIPES[args.recipe][0]) == "coactivation":
+        T = config.block_size  # about 8,192 tokens, of a step that no training has, alike in every process
+        offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
+        sample, _ = take_windows(tokens, offsets, T, config.vocab_size, device)
+    split_model(source, moe, sample, args.seed)
+    if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
+        for p in moe.parameters():
+            dist.broadcast(p, 0)
+    sizes = f"{config.num_experts} experts with {config.d_ff // config.num_experts} neurons"
+    say(f"{config.n_layer} blocks of {sizes}, split in {time.perf_counter() - start:.0f} s")
+    train_routers(moe, batches(args.steps, 1), args.lr)
+    if args.finetune:
+        finetune(moe, batches(args.finetune, 3), args.lr / 10)
+    return moe.requires_grad_(False)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = pick_device(args.device)
@@ -627,20 +671,21 @@ def main(argv: list[str] | None = None) -> None:
     with rank_zero_first():
         checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
         dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
-        if dense.config.num_experts:
+        if dense.config.num_experts or dense.config.projections != "linear":
             raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         if args.export:
-            export_gpt2(dense, args.export)
+            if rank == 0:
+                export_gpt2(dense, args.export)
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, out)
-    tables = [read_table(folder) for folder in args.compare]
     dense.to(device)
     if rank == 0:
+        tables = [read_table(folder) for folder in args.compare]
         dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, EVAL_BATCH)
         if not math.isfinite(dense_loss):
             raise ValueError(f"the dense model's loss on held-out text is {dense_loss}: this checkpoint cannot be used")
-    start, recipe = time.perf_counter(), f"{args.recipe}{' + attention' if args.attention else ''}"
+    start = time.perf_counter()
 
     if args.eval:
         converted = load_checkpoint(out, ("d2dmoe.pt",))
@@ -648,35 +693,11 @@ def main(argv: list[str] | None = None) -> None:
         if not moe.config.num_experts:
             raise ValueError(f"{out}/d2dmoe.pt is a dense model")
     else:
-        config = converted_config(dense, args)
-        recipe += f"{' + fine-tuning' if args.finetune else ''} E={config.num_experts} r={config.router_width}"
-
-        def batches(steps, seed):
-            return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
-
-        source = dense
-        if args.attention:  # three quarters of the steps for training jointly, which matters more
-            alone = max(1, args.steps // 4)
-            source = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
-        moe = GPT(config).to(device).requires_grad_(False).eval()
-        sample = None
-        if (args.split or RECIPES[args.recipe][0]) == "coactivation":
-            T = config.block_size  # about 8,192 tokens, of a step that no training has, alike in every process
-            offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
-            sample, _ = take_windows(tokens, offsets, T, config.vocab_size, device)
-        split_model(source, moe, sample, args.seed)
-        if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
-            for p in moe.parameters():
-                dist.broadcast(p, 0)
-        say(f"{config.n_layer} blocks of {config.num_experts} experts with {config.d_ff // config.num_experts} neurons, split in "
-            f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-        train_routers(moe, batches(args.steps, 1), args.lr)
-        if args.finetune:
-            finetune(moe, batches(args.finetune, 3), args.lr / 10)
-        moe.requires_grad_(False)
+        moe = convert(dense, tokens, args)
         if rank > 0:
             return
         kept = keep_previous(out / "d2dmoe.pt")
+        recipe = described(moe.config, args)
         save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe)
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s{f'; the earlier one stays as {kept}' if kept else ''}")
     if rank > 0:
@@ -687,8 +708,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"with projection MLPs and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
     points = cost_table(moe, dense, val_tokens, args.eval_windows, args.taus, dense_loss)
     print_read_off(points, dense_loss)
-    described = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {args.eval_windows} windows"
-    points = [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": described} for p in points]
+    about = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {args.eval_windows} windows"
+    points = [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": about} for p in points]
     write_table(out / "cost_vs_loss.csv", points)
     try:
         draw(out / "cost_vs_loss.png", [points, *tables])

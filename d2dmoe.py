@@ -276,8 +276,8 @@ class DynamicKMoE(nn.Module):
     def expert_norms(self, x: Tensor) -> Tensor:
         """The true norms ||W2_e act(W1_e x + b1_e)||, which the router learns to predict: x [N, d] -> [N, E].
 
-        With y_e = a_e W2_e, the square is |y_e|^2 = a_e (W2_e W2_e^T) a_e^T: h^2 operations per token instead of h d,
-        and no [N, E, d] in memory.
+        With the stored w2[e], of shape [h, d], y_e = a_e w2[e], and the square is |y_e|^2 = a_e (w2[e] w2[e]^T) a_e^T:
+        h^2 operations per token instead of h d, and no [N, E, d] in memory.
         """
         a = self.activations(x)  # [N, E, h]
         gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
@@ -404,7 +404,8 @@ class GPT(nn.Module):
             if "router" in name:
                 continue  # keeps PyTorch's own start, which suits a regression on its own
             if name.endswith(("weight", "w1", "w2")) and p.dim() > 1:
-                # As in GPT-2: the layers that write to the residual stream start smaller by sqrt(2 n_layer).
+                # As in GPT-2: the layers that write to the residual stream start smaller by sqrt(2 n_layer). (So do the
+                # second layers of projection MLPs.)
                 residual = name.endswith(("c_proj.weight", "w2"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
@@ -713,14 +714,15 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError if it cannot be read.
     """
     path = Path(source).expanduser()
-    if str(source) in GPT2_REPOS and not path.exists():
+    here = path.is_file() or any((path / name).exists() for name in (*names, *HF_WEIGHTS))
+    if str(source) in GPT2_REPOS and not here:  # a folder of that name may be a run's own --out
         return from_gpt2(download(str(source)), None, source)
     if path.is_dir():
         path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
     if not path.exists():
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-        step = "run train.py first"
+        step = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
         if path.with_name("ckpt.pt").exists():
             step = f"run convert.py --ckpt {path.parent} first"
         elif path.with_name("d2dmoe.pt").exists():

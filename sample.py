@@ -146,9 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         [speed] = tokens_per_second(model, idx, [None], measured)
         print(f"\na dense model, to which tau does not apply (convert.py makes experts of it): {speed:.0f} tokens/s")
         return
-    speed, dense_speed = tokens_per_second(model, idx, [gate, None], measured)
     if not shares:  # the text ended at once
         return
+    speed, dense_speed = tokens_per_second(model, idx, [gate, None], measured)
     print(
         f"\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the dense model's "
         f"FLOPs; {speed:.0f} tokens/s, {speed / dense_speed:.2f}x the {dense_speed:.0f} of all experts without a router"

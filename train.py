@@ -3,7 +3,7 @@
     python train.py                                     on the Python standard library's sources, minutes on a laptop
     python train.py --data book.txt --out book          on your own text: a file or a folder
     python train.py --init resume                       go on after Ctrl-C or a crash
-    python train.py --preset gpt2 --init gpt2 --data openwebtext/       fine-tune GPT-2
+    python train.py --preset gpt2 --init gpt2 --data openwebtext/       make GPT-2 sparse
     torchrun --nproc_per_node=8 train.py ...            the same global batch, on eight GPUs
 
 The way of the data: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
@@ -122,7 +122,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--batch_size", type=count, default=16, help=f"sequences that a process computes at once {default}")
     add("--grad_accum", type=count, default=1, help=f"batches per step, shared out among processes {default}")
     add("--lr", type=size, default=2e-3, help=f"peak learning rate {default}")
-    add("--final_lr", type=number(float, 0, 1), default=0.1, help=f"what the cosine ends at, over --lr {default}")
+    add("--final_lr", type=number(float, 0, 1), default=0.1, help=f"final learning rate as a share of --lr {default}")
     add("--warmup", type=number(int, 0, 2**40), default=100, help=f"steps of linear warm-up {default}")
     add("--weight_decay", type=size, default=0.1, help=f"of matrices and embeddings {default}")
     add("--beta2", type=number(float, 0, 0.999999), default=0.95, help=f"AdamW's; beta1 is 0.9 {default}")
