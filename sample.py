@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", default="    def ", help="text to continue; - reads standard input (default: %(default)r)")
     add("--num_samples", type=count, default=1, help="texts to write (default: %(default)s)")
     add("--max_new_tokens", type=count, default=500, help="tokens per text (default: %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.9, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=count, help="sample among the k likeliest tokens (default: all)")
     add("--ignore_end", action="store_true", help="go on after <|endoftext|>")
     add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts; auto: on a"
