@@ -1956,7 +1956,7 @@ def test_sampling_ends_with_what_it_cost(trained, capsys):
     fixed = lambda c: 2 * (2 * c * 16 + 4 * 16 * 16) + 257 * 16  # multiply-adds of two blocks for a token that sees c, and the LM head
     for seed in (3, 4):
         idx = torch.tensor([[*b"to be"]])
-        text = [*d2dmoe.generate(moe, idx, 8, partial(dynamic_k, tau=0.9), 0.8, None, torch.Generator().manual_seed(seed))]
+        text = [*d2dmoe.generate(moe, idx, 8, partial(dynamic_k, tau=0.9), 0.9, None, torch.Generator().manual_seed(seed))]
         texts.append("to be" + bytes(token.item() for token, _ in text).decode(errors="replace"))
         for i, (_, executed) in enumerate(text):
             ran = sum(e.sum().item() for e in executed)
