@@ -9,7 +9,7 @@
 It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
 cost_vs_loss.csv and, where matplotlib is installed, cost_vs_loss.png.
 
-The recipe, in the order of this file (main runs 3 first, where it is asked for):
+The recipe, in the order of this file (convert() runs 3 first, where it is asked for):
 1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
 2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
 3. With --attention: train two-layer MLPs to imitate the attention projections; then 1 and 2 treat them like the rest.

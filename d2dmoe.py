@@ -141,7 +141,9 @@ def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Ten
         return z.new_zeros((), dtype=torch.float32)
     if activation != "relu":
         a = z.float().clamp(min=DISPLACEMENT) - DISPLACEMENT  # [..., d_ff]
-    return square_hoyer(a).mean() if penalty == "hoyer" else a.sum(-1, dtype=torch.float32).mean()
+    if penalty == "hoyer":
+        return square_hoyer(a).mean()
+    return a.sum(-1, dtype=torch.float32).mean()  # l1
 
 
 class Linear(nn.Linear):
