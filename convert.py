@@ -600,7 +600,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " the paper does not do (default: %(default)s)")  # fmt: skip
     add("--batch_size", type=count, default=8, help="sequences per step (default: %(default)s)")
     add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers; a half of it trains the projection"
-        " MLPs jointly, a tenth fine-tunes (default: %(default)s)")  # fmt: skip
+        " MLPs jointly (default: %(default)s)")  # fmt: skip
+    add("--finetune_lr", type=number(float, 0), default=5e-4, help="peak learning rate of --finetune; the fewer steps, the lower"
+        " (default: %(default)s)")  # fmt: skip
     add = add_system_options(parser).add_argument
     add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
@@ -657,7 +659,7 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     say(f"{config.n_layer} blocks of {sizes}, split in {time.perf_counter() - start:.0f} s")
     train_routers(moe, batches(args.steps, 1), args.lr)
     if args.finetune:
-        finetune(moe, batches(args.finetune, 3), args.lr / 10)
+        finetune(moe, batches(args.finetune, 3), args.finetune_lr)
     return moe.requires_grad_(False)
 
 
