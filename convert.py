@@ -517,7 +517,8 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
         height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
         x, y = min(points, key=lambda p: abs(p[1] - height))
-        axes.annotate(name.replace("$", r"\$"), (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11)
+        white = dict(facecolor="white", edgecolor="none", pad=1)  # where it crosses another curve
+        axes.annotate(name.replace("$", r"\$"), (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11, bbox=white)
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
     lowest = min(y for points, _, _ in curves for _, y in points)
