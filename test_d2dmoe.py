@@ -1508,10 +1508,10 @@ def test_two_processes_train_and_convert_as_one_does(trained, tmp_path):
     assert_same_weights(weights_of(tmp_path / "one/ckpt.pt"), weights_of(tmp_path / "two/ckpt.pt"), 1e-5)
     run_train(tmp_path / "two", "--init", "resume", "--steps", 25)
     assert saved(tmp_path / "two")["step"] == 25
-    process = torchrun("convert.py", *CONVERT, "--ckpt", tmp_path / "one")
+    process = torchrun("convert.py", *CONVERT, "--finetune", 5, "--ckpt", tmp_path / "one")
     assert process.wait(timeout=120) == 0, process.stderr.read()
     shutil.move(tmp_path / "one/d2dmoe.pt", tmp_path / "two_processes.pt")
-    convert.main([*CONVERT, "--ckpt", str(tmp_path / "one")])
+    convert.main([*CONVERT, "--finetune", "5", "--ckpt", str(tmp_path / "one")])
     assert_same_weights(weights_of(tmp_path / "one/d2dmoe.pt"), weights_of(tmp_path / "two_processes.pt"), 1e-4)
 
 
