@@ -200,7 +200,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
                 dist.all_reduce(t)
                 t /= batches.world
         if not math.isfinite(mean_loss.item()):
-            raise ValueError(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr")
+            raise ValueError(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr, or --finetune_lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now = time.perf_counter()
