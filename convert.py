@@ -39,12 +39,12 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model, dynamic_k,
-    flops_per_token, keep_previous, load_checkpoint, save_checkpoint, top_k,
+    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model,
+    dynamic_k, flops_per_token, keep_previous, load_checkpoint, save_checkpoint, top_k,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
+    OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
     open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
 
@@ -81,12 +81,13 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> 
 
 
 def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: int = 8) -> Tensor:
-    """k of the points [n, f] as first centers [k, f], far from each other (k-means++, greedy: of some candidates, each drawn
-    with probability proportional to its squared distance from the centers so far, the one that lowers the sum most)."""
+    """k of the points [n, f] as first centers [k, f], far from each other (greedy k-means++: of some candidates, drawn
+    with probability proportional to the squared distance from the centers so far, the one that lowers the sum most)."""
     squared = points.square().sum(1)  # [n]
     first = torch.randint(len(points), (1,), generator=generator)
     chosen = [first.item()]
-    distance = (squared + squared[first] - 2 * points @ points[first[0]]).clamp(min=0)  # [n], squared, to the nearest center
+    # [n], squared, to the nearest center
+    distance = (squared + squared[first] - 2 * points @ points[first[0]]).clamp(min=0)
     for _ in range(k - 1):
         candidates = torch.multinomial(distance + 1e-12, min(tries, len(points)), generator=generator)  # [tries]
         to_each = (squared + squared[candidates, None] - 2 * points[candidates] @ points.t()).clamp(min=0)  # [tries, n]
@@ -100,8 +101,8 @@ def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: in
 def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
     """Assigns n points to k clusters, exactly n / k to each, with a sum of scores within n * epsilon of the largest.
 
-    The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price; it
-    offers what makes its second choice as good, plus epsilon. A cluster keeps its h highest bidders, and its price
+    The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price;
+    it offers what makes its second choice as good, plus epsilon. A cluster keeps its h highest bidders, and its price
     becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next call)
     -> assignment [n] int64.
     """
@@ -130,8 +131,8 @@ def weight_features(mlp: MLP) -> Tensor:
 
 
 def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
-    """Neurons by when they fire: their |activations| on tokens x [N, d], at unit length, so that a dot product is a cosine
-    similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
+    """Neurons by when they fire: their |activations| on tokens x [N, d], at unit length, so that a dot product is a
+    cosine similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
     a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff]
     with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: seeded, leaving the global state
         torch.default_generator.manual_seed(0)
@@ -143,8 +144,8 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
 def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
     """Copies an MLP's neurons into experts: neuron i goes to expert assignment[i], of [d_ff].
 
-    Permuting neurons is free: with any permutation P, W2 P^T act(P W1 x + P b1) + b2 is the same layer, so the sum of all
-    experts is the MLP. Raises ValueError if the sizes do not fit.
+    Permuting neurons is free: with any permutation P, W2 P^T act(P W1 x + P b1) + b2 is the same layer, so the sum of
+    all experts is the MLP. Raises ValueError if the sizes do not fit.
     """
     E, h, _ = moe.w1.shape
     if len(assignment) != len(mlp.c_fc.weight) or torch.bincount(assignment, minlength=E).tolist() != [h] * E:
@@ -181,8 +182,8 @@ def split_model(source: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None
 
 
 def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batches, lr: float, label: str) -> None:
-    """Trains `parameters` with Adam, a cosine schedule and a short warm-up; loss_of(x, y, step) -> scalar, for tokens x and
-    the tokens y that follow them, [B, T] each. Raises ValueError if the loss is not finite.
+    """Trains `parameters` with Adam, a cosine schedule and a short warm-up; loss_of(x, y, step) -> scalar, for tokens x
+    and the tokens y that follow them, [B, T] each. Raises ValueError if the loss is not finite.
 
     Losses of layers that share no parameters may be summed: their gradients do not interact, and Adam is (up to its
     epsilon) invariant to the scale of a loss.
@@ -200,7 +201,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
                 dist.all_reduce(t)
                 t /= batches.world
         if not math.isfinite(mean_loss.item()):
-            raise ValueError(f"{label}: the loss is not finite at step {step}; nothing was written; try a lower --lr, or --finetune_lr")
+            raise ValueError(f"{label}: the loss is not finite at step {step}: try a lower --lr, or --finetune_lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now = time.perf_counter()
@@ -219,8 +220,8 @@ def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
 
 
 def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
-    """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's ReLU activations, divided
-    by the largest such sum of the whole batch (as in both published codes), for tokens x [N, d]; a scalar."""
+    """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's ReLU activations,
+    divided by the largest such sum of the whole batch (as in both published codes), for tokens x [N, d]; a scalar."""
     with torch.no_grad():
         mass = layer.activations(x).clamp(min=0).sum(-1)  # [N, E, h] -> [N, E]
         largest = mass.max()
@@ -250,8 +251,8 @@ def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
 
 @torch.no_grad()
 def projection_examples(dense: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each attention projection of the dense model reads and returns on idx [B, T]: pairs of [B, T, d], q, k, v and o
-    of each block."""
+    """What each attention projection of the dense model reads and returns on idx [B, T]: pairs of [B, T, d]; of each
+    block q, k, v and o."""
     x = dense.transformer.wte(idx) + dense.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))  # [B, T, d]
     examples = []
     for block in dense.transformer.h:
@@ -266,8 +267,8 @@ def projection_examples(dense: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def projection_loss(mlp: MLP, x: Tensor, target: Tensor, weight: float) -> Tensor:
-    """How far a projection MLP is from the linear layer it replaces: mean squared error divided by the target's variance, plus
-    weight * the sparsity penalty. x, target [..., d] -> scalar"""
+    """How far a projection MLP is from the linear layer it replaces: mean squared error divided by the target's
+    variance, plus weight * the sparsity penalty. x, target [..., d] -> scalar"""
     y, penalty = mlp(x)
     return F.mse_loss(y, target) / target.var() + weight * penalty
 
@@ -320,12 +321,13 @@ FINETUNE_TAUS = (0.99, 0.97, 0.94, 0.88, 0.75)  # in turns, so that one model se
 
 
 def finetune(moe: GPT, batches: Batches, lr: float) -> None:
-    """Trains all of the converted model while it runs only the selected experts, so that it learns to do without the others.
+    """Trains all of the converted model while it runs only the selected experts: it learns to do without the others.
 
-    The loss is cross entropy plus the routers' regression. No gradient passes the gate: an expert learns from the tokens
-    that ran it, and a router, as before, from the true norms. The two losses share no parameter, since a router's input is
-    detached, so Adam needs no weight between them. There is no sparsity penalty: what is skipped gives it no gradient, and
-    without it the loss came out lower. Compare the result with a dense model that was trained for as many further steps.
+    The loss is cross entropy plus the routers' regression. No gradient passes the gate: an expert learns from the
+    tokens that ran it, and a router, as before, from the true norms. The two losses share no parameter, since a
+    router's input is detached, so Adam needs no weight between them. There is no sparsity penalty: what is skipped
+    gives it no gradient, and without it the loss came out lower. Compare the result with a dense model that was
+    trained for as many further steps.
     """
     layers, parameters = moe.layers(), [p.requires_grad_() for p in moe.parameters()]
 
@@ -335,7 +337,8 @@ def finetune(moe: GPT, batches: Batches, lr: float) -> None:
         hidden, _ = moe.hidden(x, gate, inputs=inputs)  # [B, T, d]
         cross_entropy = F.cross_entropy(moe.lm_head(hidden).flatten(0, 1), y.flatten())  # [B, T, V] -> [B*T, V]
         reads = zip(layers, inputs, strict=True)
-        return cross_entropy + torch.stack([router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]).sum()
+        regression = [router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]
+        return cross_entropy + torch.stack(regression).sum()
 
     fit(parameters, loss_of, batches, lr, "fine-tuning")
 
@@ -352,8 +355,8 @@ def top_share(norms: Tensor, share: float) -> Tensor:
 
 
 class Oracle(nn.Module):
-    """A router that cheats: it returns the true norms, at the price of running every expert. It shows what is left to gain
-    by predicting norms better."""
+    """A router that cheats: it returns the true norms, at the price of running every expert, and so shows what is left
+    to gain by predicting norms better."""
 
     def __init__(self, layer: DynamicKMoE):
         super().__init__()
@@ -377,8 +380,8 @@ def oracles(moe: GPT):
 
 
 def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> dict[str, float]:
-    """Under a gate: executed share of all experts (each counts once, whatever its size), FLOPs per token relative to the
-    dense model, and loss."""
+    """Under a gate: executed share of all experts (each counts once, whatever its size), FLOPs per token over those of
+    the dense model, and loss."""
     config = moe.config
     loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
     means = [c.float().mean().item() for c in counts]  # per layer
@@ -389,7 +392,7 @@ def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> di
 
 @torch.no_grad()
 def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, turns: int = 5) -> float:
-    """Seconds of the converted model for a batch of windows over those of the dense model, in turns; ratio of medians."""
+    """Seconds of the converted model for a batch of windows over the dense model's, in turns; ratio of medians."""
     config, device = dense.config, dense.lm_head.weight.device
     sequences = max(1, min(EVAL_BATCH, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
     offsets = torch.linspace(0, len(tokens) - config.block_size - 1, sequences, dtype=torch.float64).long()
@@ -405,7 +408,9 @@ def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, t
     return statistics.median(seconds[1]) / statistics.median(seconds[0])
 
 
-def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float) -> list[dict]:
+def cost_table(
+    moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float
+) -> list[dict]:
     """Prints the table over tau and returns its points; for MoEfication over k alone."""
     config, points = moe.config, []
     context, E = (config.block_size + 1) / 2, [len(layer.w1) for layer in moe.layers()]
@@ -417,7 +422,7 @@ def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: lis
         points.append(row | {"time": relative_time(moe, dense, tokens, gate) if timed else math.nan})
         return points[-1]
 
-    say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time: relative to the dense model")
+    say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time: over the dense model's")
     about = "about " if config.projections == "moe" else ""  # there experts differ in size
     say(f"FLOPs = {about}{floor:.1%} + {full - floor:.1%} x share of experts executed (below tau = 1)")
     if config.router == "moefication":
@@ -431,18 +436,20 @@ def cost_table(moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: lis
     for tau in taus:
         gate = None if tau == 1 else partial(dynamic_k, tau=tau)  # at tau = 1 no router is asked
         routed = point("dynamic_k", tau, gate)
-        fixed = point("top_k", routed["executed"], partial(top_share, share=routed["executed"]) if gate else None, timed=False)
+        share = routed["executed"]
+        fixed = point("top_k", share, partial(top_share, share=share) if gate else None, timed=False)
         with oracles(moe):
             best = point("oracle", tau, gate, timed=False)
         say(
-            f"{tau:6.4g} {routed['executed']:9.1%} {routed['flops']:7.1%} {routed['time']:6.2f} {change(routed['loss'])} "
+            f"{tau:6.4g} {share:9.1%} {routed['flops']:7.1%} {routed['time']:6.2f} {change(routed['loss'])} "
             f"{fixed['executed']:9.1%} {change(fixed['loss'])} {best['executed']:9.1%} {change(best['loss'])}"
         )
     return points
 
 
 def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] | None:
-    """Executed share and relative FLOPs at a loss, read off a rule's curve by linear interpolation; None outside of it."""
+    """Executed share and relative FLOPs at a loss, read off a rule's curve by linear interpolation; None outside of
+    it."""
     curve = sorted((p["executed"], p["flops"], p["loss"]) for p in points if p["rule"] == rule)
     for (*low, a), (*high, b) in zip(curve, curve[1:]):  # from the cheapest on
         if b <= loss <= a:
@@ -457,11 +464,10 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
     say()
     for percent in (1, 2):
         for rule in dict.fromkeys(p["rule"] for p in points):
-            if cost := cost_at(points, rule, dense_loss * (1 + percent / 100)):
-                flops = f", {cost[1]:6.1%} of the FLOPs" if rule != "oracle" else ""
-                say(f"at {percent}% above the dense loss, {rule:9}: {cost[0]:6.1%} of the experts{flops}")
-            else:
-                say(f"at {percent}% above the dense loss, {rule:9}: outside of this table (--eval measures other --taus)")
+            cost = "outside of this table (--eval measures other --taus)"
+            if found := cost_at(points, rule, dense_loss * (1 + percent / 100)):
+                cost = f"{found[0]:6.1%} of the experts" + f", {found[1]:6.1%} of the FLOPs" * (rule != "oracle")
+            say(f"at {percent}% above the dense loss, {rule:9}: {cost}")
 
 
 COLUMNS = ("recipe", "rule", "value", "executed", "flops", "time", "loss", "dense_loss", "text")
@@ -509,20 +515,22 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
         for rule in dict.fromkeys(p["rule"] for p in table):
             own = rule == "dynamic_k" or table[0]["recipe"].startswith("moefication")
             if own or (i == 0 and rule == "top_k" and len(tables) < 4):
-                points = [(100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in table if p["rule"] == rule]
+                chosen = [p for p in table if p["rule"] == rule]
+                points = sorted((100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in chosen)
                 name = table[0]["recipe"].partition(" E=")[0] if own else "same model, top-k"
-                curves.append((sorted(points), name, own))
+                curves.append((points, name.replace("$", r"\$"), own))
     for i, (points, name, own) in enumerate(curves[:4]):
         color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if own else "#888888"
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
         height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
         x, y = min(points, key=lambda p: abs(p[1] - height))
-        white = dict(facecolor="white", edgecolor="none", pad=1)  # where it crosses another curve
-        axes.annotate(name.replace("$", r"\$"), (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11, bbox=white)
+        label = axes.annotate(name, (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11)
+        label.set_bbox(dict(facecolor="white", edgecolor="none", pad=1))  # where it crosses another curve
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
     lowest = min(y for points, _, _ in curves for _, y in points)
-    axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %", ylim=(min(0, lowest) - 0.3, 10))
+    axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %")
+    axes.set_ylim(min(0, lowest) - 0.3, 10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
@@ -534,8 +542,8 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
 
 
 def export_gpt2(model: GPT, folder: Path) -> None:
-    """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits. Raises
-    ValueError for a converted model and for a folder that holds one already, OSError."""
+    """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits.
+    Raises ValueError for a converted model and for a folder that holds one already, OSError."""
     if model.config.num_experts or model.config.projections != "linear":
         raise ValueError("only a dense model can be exported as a GPT-2")
     if any((folder / name).exists() for name in ("config.json", *HF_WEIGHTS)):
@@ -546,7 +554,7 @@ def export_gpt2(model: GPT, folder: Path) -> None:
         weights[name] = w.t().contiguous() if is_linear and name.endswith("weight") else w  # stored as [in, out]
         if not c.bias and (is_linear or "ln_" in name):  # Hugging Face's layers always have biases
             weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))
-    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}  # of two for gelu_tanh the first, gelu_new
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}  # for gelu_tanh the first: gelu_new
     hf = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation],
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size,
@@ -570,43 +578,44 @@ RECIPES = {  # split, router, router_power, width of the routers at width d
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        "convert.py", description="Convert a dense checkpoint to experts with dynamic-k gating.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python convert.py --ckpt out/ --out better/ --recipe better\n  python convert.py --ckpt out/ --eval --taus 0.5 0.85",
+        "convert.py", "Convert a dense checkpoint to experts with dynamic-k gating.",
+        "--ckpt out/ --out better/ --recipe better", "--ckpt out/ --eval --taus 0.5 0.85",
     )  # fmt: skip
-    count, taus = number(int, 1, 2**40), [1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7]
+    count = number(int, 1, 2**40)
+    taus = [1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7]
     add = parser.add_argument_group("what to run").add_argument
-    add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging Face's GPT-2, or"
-        f" to be downloaded {', '.join(GPT2_REPOS)} (default: %(default)s)")  # fmt: skip
+    add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging"
+        f" Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
     add("--out", type=Path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
-    add("--data", help="text or a folder of .bin files, as in train.py (default: train.bin and val.bin beside the checkpoint)")
+    add("--data", help="text or a folder of .bin files, as in train.py (default: those beside the checkpoint)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own)")
-    add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: nothing is trained")
-    add("--export", type=Path, metavar="FOLDER", help="only write the dense model as a folder for Hugging Face's transformers")
-    add("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="other conversions to show in the picture")
+    add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: no training")
+    add("--export", type=Path, metavar="FOLDER", help="only write the dense model as a folder for transformers")
+    add("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="other conversions for the picture")
     add = parser.add_argument_group("model").add_argument
-    add("--recipe", choices=RECIPES, default="paper", help="paper; better: coactivation clusters and square roots of norms; moefication:"
-        " the baseline, a classifier and top-k (default: %(default)s)")  # fmt: skip
-    add("--num_experts", type=count, default=64, help="experts per feed-forward layer (default: %(default)s)")
+    add("--recipe", choices=RECIPES, default="paper", help="better: coactivation clusters and square roots of norms;"
+        " moefication: the baseline, a classifier and top-k")  # fmt: skip
+    add("--num_experts", type=count, default=64, help="experts per feed-forward layer")
     add("--attention", action="store_true", help="convert the attention projections too")
-    add("--projection_experts", type=count, help="experts per projection (default: the largest power of two up to 32 that divides)")
+    add("--projection_experts", type=count, help="experts per projection (default: the largest power of two up to 32"
+        " that divides)")  # fmt: skip
     add("--split", choices=("weights", "coactivation"), help="which neurons are alike (default: the recipe's)")
-    add("--router_power", type=number(float, 0.05, 8), help="routers regress norm ** power (default: the recipe's, 1 or 0.5)")
-    add("--router_width", type=count, help="hidden width of the routers (default: 3/8 of d, better: 1/2, at most 128; projections: a"
-        " quarter of that)")  # fmt: skip
+    add("--router_power", type=number(float, 0.05, 8), help="routers regress norm ** power (default: 1, better: 0.5)")
+    add("--router_width", type=count, help="hidden width of the routers (default: 3/8 of d, better: 1/2, at most 128;"
+        " projections: a quarter of that)")  # fmt: skip
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the projection MLPs"
-        " before, a quarter of them each by itself (default: %(default)s)")  # fmt: skip
-    add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate on, which"
-        " the paper does not do (default: %(default)s)")  # fmt: skip
-    add("--batch_size", type=count, default=8, help="sequences per step (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers; a half of it trains the projection"
-        " MLPs jointly (default: %(default)s)")  # fmt: skip
-    add("--finetune_lr", type=number(float, 0), default=5e-4, help="peak learning rate of --finetune; the fewer steps, the lower"
-        " (default: %(default)s)")  # fmt: skip
+    add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the"
+        " projection MLPs before, a quarter of them each by itself")  # fmt: skip
+    add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate"
+        " on, which the paper does not do")  # fmt: skip
+    add("--batch_size", type=count, default=8, help="sequences per step")
+    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers; a half of it trains the"
+        " projection MLPs jointly")  # fmt: skip
+    add("--finetune_lr", type=number(float, 0), default=5e-4, help="peak learning rate of --finetune; the fewer steps,"
+        " the lower")  # fmt: skip
     add = add_system_options(parser).add_argument
-    add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table (default: %(default)s)")
-    add("--eval_windows", type=count, default=128, help="windows of held-out text per row (default: %(default)s)")
+    add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table")
+    add("--eval_windows", type=count, default=128, help="windows of held-out text per row")
     args = parser.parse_args(argv)
     if args.recipe == "moefication" and (args.router_power or args.attention or args.finetune):
         raise ValueError("--recipe moefication, the baseline, has no --router_power, --attention or --finetune")
@@ -702,7 +711,9 @@ def main(argv: list[str] | None = None) -> None:
         kept = keep_previous(out / "d2dmoe.pt")
         recipe = described(moe.config, args)
         save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe)
-        say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s{f'; the earlier one stays as {kept}' if kept else ''}")
+        say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s")
+        if kept:
+            say(f"the earlier one stays as {kept}")
     if rank > 0:
         return
 
@@ -729,7 +740,8 @@ def main(argv: list[str] | None = None) -> None:
 def open_corpus(
     args: argparse.Namespace, checkpoint: dict, dense: GPT, out: Path
 ) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
-    """Training and held-out tokens, the tokenizer's name (None if unknown) and the text's fingerprint. Raises ValueError."""
+    """Training and held-out tokens, the tokenizer's name (None if unknown) and the text's fingerprint. Raises
+    ValueError."""
     place = Path(args.ckpt).expanduser()
     beside = place if place.is_dir() else place.parent
     if args.data is None and not (beside / "train.bin").exists() and not (beside / "val.bin").exists():
@@ -740,7 +752,7 @@ def open_corpus(
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):
-        raise ValueError(f"{beside}/train.bin and val.bin are not what ckpt.pt was trained on: give that text as --data")
+        raise ValueError(f"{beside}/train.bin and val.bin {OTHER_TEXT}")
     return *tokens, tokenizer, text
 
 

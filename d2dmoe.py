@@ -1,4 +1,4 @@
-"""D2DMoE: a GPT whose feed-forward layers are split into experts, of which each token runs only those that matter to it.
+"""D2DMoE: a GPT whose feed-forward layers are split into experts, of which each token runs only those that matter.
 
     Szatkowski, Wójcik, Piórczyński, Scardapane. Exploiting Activation Sparsity with Dense to Dynamic-k
     Mixture-of-Experts Conversion. NeurIPS 2024, arXiv 2310.04361.                        "the paper" below
@@ -53,7 +53,7 @@ Gate = Callable[[Tensor], Tensor]  # norms [N, E] -> executed [N, E] bool
 
 @dataclass
 class GPTConfig:
-    """Sizes of a model; convert.py sets the fields from num_experts on. Raises ValueError if they do not fit together."""
+    """Sizes of a model; convert.py sets the fields from num_experts on. Raises ValueError if they do not fit."""
 
     block_size: int = 128  # longest context, in tokens
     vocab_size: int = 257
@@ -100,8 +100,8 @@ class GPTConfig:
 
     @property
     def projection_width(self) -> int:
-        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection, so that both have about as many parameters.
-        The projection has d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2 (section 3.5)."""
+        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection (section 3.5), so that both have about
+        as many parameters: the projection d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2."""
         d = self.n_embd
         return max(1, round((d * d + d) / (2 * d + 1)))
 
@@ -121,8 +121,8 @@ DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activat
 
 
 def square_hoyer(a: Tensor) -> Tensor:
-    """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension, for a >= 0 as a ReLU leaves it (Kurtz et al. 2020): the effective
-    number of active neurons, from 1 to d_ff, and 0 if none is active. [3, 0, 4, 0] -> 49 / 25 = 1.96 of 4.
+    """(sum_i a_i)^2 / sum_i a_i^2 over the last dimension, for a >= 0 as a ReLU leaves it (Kurtz et al. 2020): the
+    effective number of active neurons, from 1 to d_ff, and 0 if none is active. [3, 0, 4, 0] -> 49 / 25 = 1.96 of 4.
 
     It does not change when a is scaled. A ReLU network can halve W1 and b1 and double W2, which halves an L1 penalty
     without one more zero; this penalty cannot be lowered that way.   a [..., d_ff] -> [...] float32
@@ -202,7 +202,7 @@ class Router(nn.Module):
 
 
 def dynamic_k(norms: Tensor, tau: float) -> Tensor:
-    """Executes expert e iff r_e >= (1 - tau) max_j r_j, for every token by itself. (The paper's threshold is our 1 - tau.)
+    """Executes expert e iff r_e >= (1 - tau) max_j r_j, for every token by itself. (The paper's tau is our 1 - tau.)
 
     tau = 1 runs all experts, tau = 0 only the best, and at least one always runs; no retraining is needed to change it.
     Norms 8, 3.9, 0.5, 0.3 at tau = 0.9: the threshold is 0.8, and two experts run. 2, 1.9, 1.8, 1.7: all four run.
@@ -245,8 +245,8 @@ class MoEficationRouter(nn.Module):
 class DynamicKMoE(nn.Module):
     """An MLP cut into E experts of h neurons each, and the router whose norms decide which of them a token runs.
 
-    The experts' outputs are added without weights, unlike in a Switch or Mixtral layer: the router only selects, so that
-    with all experts executed this is the dense layer it was cut from. Raises ValueError if E does not divide d_ff.
+    The experts' outputs are added without weights, unlike in a Switch or Mixtral layer: the router only selects, so
+    that with all experts executed this is the dense layer it was cut from. Raises ValueError if E does not divide d_ff.
     """
 
     def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
@@ -261,7 +261,7 @@ class DynamicKMoE(nn.Module):
         self.router = router
 
     def forward(self, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool. Without a gate every expert runs and no router is asked."""
+        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool. Without a gate all run and no router is asked."""
         (B, T, d), E = x.shape, len(self.w1)
         x = x.reshape(B * T, d)  # [N, d]
         executed = None if gate is None else gate(self.router(x))  # [N, E]
@@ -292,9 +292,9 @@ class DynamicKMoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers [n_layer, B, nh, block_size, hs] that are allocated once."""
+    """Keys and values of the tokens seen so far, in buffers [n_layer, B, nh, block_size, hs], allocated once."""
 
-    def __init__(self, config: GPTConfig, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, config: GPTConfig, batch: int, device: torch.device | str = "cpu", dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0  # tokens held; GPT.hidden advances it once all layers have written theirs
@@ -348,7 +348,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, nh, length + T, hs]
             if cache.length > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)  # [T, length + T]
+                seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)  # [T, length + T]
+                mask = seen.tril(cache.length)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # [B, nh, T, hs]
         return y.transpose(1, 2).reshape(B, T, d)  # [B, T, nh, hs] -> [B, T, d]
 
@@ -452,8 +453,8 @@ def generate(
     model: GPT, idx: Tensor, max_new_tokens: int, gate: Gate | None = None, temperature: float = 1.0,
     top_k_tokens: int | None = None, generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:  # fmt: skip
-    """Continues idx [B, T]; yields each new token [B, 1] with the experts that predicting it executed, [B, 1, E] bool for
-    each of model.layers() (an empty list if the model is dense).
+    """Continues idx [B, T]; yields each new token [B, 1] with the experts that predicting it executed, [B, 1, E] bool
+    for each of model.layers() (an empty list if the model is dense).
 
     temperature 0 takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size tokens the cache
     serves. After that the window slides, all positions change, and the whole window is recomputed for each token.
@@ -461,8 +462,10 @@ def generate(
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token")
-    if temperature < 0 or (top_k_tokens is not None and top_k_tokens < 1):
-        raise ValueError(f"temperature must be at least 0 and top_k_tokens at least 1, not {temperature} and {top_k_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if top_k_tokens is not None and top_k_tokens < 1:
+        raise ValueError(f"top_k_tokens must be at least 1, not {top_k_tokens}")
     config, weight = model.config, model.lm_head.weight
     cache = KVCache(config, len(idx), weight.device, weight.dtype)
     new = idx = idx[:, -config.block_size :]  # [B, T]
@@ -522,15 +525,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; an older file is untouched") from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def keep_previous(path: Path) -> Path | None:
-    """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on, so
-    that writing over it loses nothing. -> that name, or None if there is no file. Raises OSError."""
+    """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on,
+    so that writing over it loses nothing. -> that name, or None if there is no file. Raises OSError."""
     if not path.exists():
         return None
     number = 1
@@ -562,7 +566,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> dict:
-    """The dict in a file of torch.save or safetensors, on the CPU. Nothing in it is executed. Raises ValueError, OSError."""
+    """The dict in a file of torch.save or safetensors. Nothing in it is executed. Raises ValueError, OSError."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -582,8 +586,8 @@ def read_weights(path: Path) -> dict:
             raise
         if found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
             raise ValueError(
-                f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, as "
-                "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
+                f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, "
+                "as torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
             ) from None
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
@@ -609,19 +613,24 @@ def tie_of(weights: dict[str, Tensor]) -> dict[str, bool]:
     return {} if wte is None else {"tie_weights": torch.equal(weights.setdefault("lm_head.weight", wte), wte)}
 
 
+NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
+
+
 def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
-    """Raises ValueError if a field is missing, or one is set that we do not know and that may change the computation."""
+    """Raises ValueError if a field is missing, or one is set that may change the computation in ways unknown here."""
     if missing := required - given.keys():
         raise ValueError(f"{what} lacks {', '.join(sorted(missing))}: it is of no format that is known here")
     if unknown := sorted(str(k) for k, value in given.items() if k not in allowed and value):
-        raise ValueError(f"{what} sets {', '.join(unknown)}: not implemented here, so it would compute something else")
+        raise ValueError(f"{what} sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
 
 
 # Of a GPT-2's config.json: activations by our names, and the fields that change the computation, with the only value
 # that is implemented. (What transformers does not read for a GPT-2 changes nothing.)
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-HF_FIXED = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
-            "add_cross_attention": False, "quantization_config": None, "auto_map": None}  # fmt: skip
+HF_FIXED = {
+    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
+    "add_cross_attention": False, "quantization_config": None, "auto_map": None,
+}  # fmt: skip
 GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}  # by (n_layer, n_embd)
 
 
@@ -633,27 +642,27 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     """
     if hf is not None:
         if hf.get("model_type") != "gpt2":
-            raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's architecture is implemented here")
+            raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
         check_fields(hf, {"n_layer", "n_head", "n_embd"}, hf.keys(), f"{source}/config.json")
         wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
         if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):
             wrong["activation_function"] = activation
         if wrong:
-            raise ValueError(f"{source}/config.json sets {wrong}: not implemented here, so it would compute something else")
+            raise ValueError(f"{source}/config.json sets {wrong}: {NOT_IMPLEMENTED}")
     sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
     if hf and hf.get("tie_word_embeddings", True) and "lm_head.weight" in sd:
-        sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, perhaps this one
+        sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, maybe this one
     if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys():
         raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
     (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
     n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})
     if hf is None:
         if sd["h.0.attn.c_attn.weight"].shape == (3 * d, d):
-            raise ValueError(f"{source} holds nanoGPT's weights without its model_args, which alone tell n_head: save both")
+            raise ValueError(f"{source} holds nanoGPT's weights without model_args, which alone tell n_head: save both")
         if (n_layer, d) not in GPT2_HEADS or (V, positions) != (50257, 1024):
             raise ValueError(
-                f"{source} holds weights of {n_layer} layers of width {d} alone, which tell neither n_head nor the activation: "
-                "give the folder that save_pretrained wrote, with its config.json"
+                f"{source} holds weights of {n_layer} layers of width {d} alone, which tell neither n_head nor the "
+                "activation: give the folder that save_pretrained wrote, with its config.json"
             )
         hf = {"n_head": GPT2_HEADS[n_layer, d]}
     weights = {}
@@ -662,28 +671,39 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
         weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
     tied = tie_of(weights)["tie_weights"]
     if hf.get("tie_word_embeddings") and not tied:
-        raise ValueError(f"{source}: its config.json ties lm_head to wte, but its lm_head.weight differs from wte.weight")
+        raise ValueError(f"{source}: config.json ties them, but lm_head.weight differs from wte.weight")
     config = dict(
-        block_size=hf.get("n_positions") or positions, vocab_size=hf.get("vocab_size") or V, n_layer=hf.get("n_layer", n_layer),
-        n_head=hf["n_head"], n_embd=hf.get("n_embd", d), d_ff=hf.get("n_inner") or 0, tie_weights=tied, bias=True, penalty="none",
-        activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")], layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-    )  # fmt: skip
+        block_size=hf.get("n_positions") or positions,
+        vocab_size=hf.get("vocab_size") or V,
+        n_layer=hf.get("n_layer", n_layer),
+        n_head=hf["n_head"],
+        n_embd=hf.get("n_embd", d),
+        d_ff=hf.get("n_inner") or 0,
+        activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")],
+        layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
+        tie_weights=tied,
+        bias=True,
+        penalty="none",
+    )
     return {"model": weights, "config": config, "tokenizer": "gpt2" if V == 50257 else None}
 
 
 def recognise(raw: dict, source: str | Path) -> dict:
     """What a loaded file is, by its own fields, in our format. Raises ValueError with the reason and the next step."""
-    fields, sizes = {f.name for f in dataclasses.fields(GPTConfig)}, {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
         given = {k: v for k, v in raw["model_args"].items() if k != "dropout"}  # which an evaluation has not
         check_fields(given, sizes, sizes | {"bias"}, f"{source}, nanoGPT's, in its model_args")
         weights = bare(raw["model"], source)
-        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights} | {k: v for k, v in given.items() if k in fields}
+        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights}
+        config |= {k: v for k, v in given.items() if k in fields}
         tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
         return {"model": weights, "config": config | tie_of(weights), "tokenizer": tokenizer}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
         earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
-        check_fields(raw["config"], sizes | {"bias", "activation", "penalty"}, fields | earlier, f"{source}, in its config,")
+        own = sizes | {"bias", "activation", "penalty"}
+        check_fields(raw["config"], own, fields | earlier, f"{source}, in its config,")
         if raw["config"].get("num_experts") and raw["config"].keys() & earlier:
             raise ValueError(f"{source} was converted by an earlier version: run convert.py again")
         return raw | {"config": {k: v for k, v in raw["config"].items() if k in fields}}
@@ -694,8 +714,8 @@ def recognise(raw: dict, source: str | Path) -> dict:
 
 
 HUB = "https://huggingface.co/{repo}/resolve/main/pytorch_model.bin"
-GPT2_REPOS = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-community/gpt2-{s}" for s in ("medium", "large", "xl")}
-GPT2_REPOS |= {"distilgpt2": "distilbert/distilgpt2"}
+GPT2_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+GPT2_REPOS["distilgpt2"] = "distilbert/distilgpt2"
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -705,7 +725,7 @@ def download(name: str) -> dict:
     try:  # file_name: all repositories call their file pytorch_model.bin
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name}.bin", weights_only=True)
     except Exception as error:  # whatever the network, a proxy or a full disk raise
-        raise OSError(f"cannot load {url} ({error}): connect to the internet, or download it and give its path") from None
+        raise OSError(f"cannot load {url} ({error}): connect to the internet, or give the path of a copy") from None
 
 
 def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "ckpt.pt")) -> dict:
@@ -713,7 +733,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
 
     a folder with one of `names`, ours or nanoGPT's, or such a file; a folder that Hugging Face's save_pretrained wrote;
     a file with GPT-2's weights; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, whose weights are downloaded.
-    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError if it cannot be read.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError.
     """
     path = Path(source).expanduser()
     here = path.is_file() or any((path / name).exists() for name in (*names, *HF_WEIGHTS))
@@ -729,7 +749,8 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
             step = f"run convert.py --ckpt {path.parent} first"
         elif path.with_name("d2dmoe.pt").exists():
             step = "there is only a conversion; give the folder of the dense model that it was made from"
-        raise FileNotFoundError(f"no checkpoint at {path}: {step}, or check the path (by name: {', '.join(GPT2_REPOS)})")
+        by_name = ", ".join(GPT2_REPOS)
+        raise FileNotFoundError(f"no checkpoint at {path}: {step}, or check the path (by name: {by_name})")
     hf_config = path.with_name("config.json")
     if path.name.endswith(".index.json"):
         index = read_json(path).get("weight_map")
@@ -757,7 +778,8 @@ def build_model(checkpoint: dict, source: str | Path) -> GPT:
             model = GPT(config)
         model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} does not hold a model that fits its own sizes: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} does not hold a model that fits its own sizes: {reason}") from None
     if config.tie_weights and not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
         raise ValueError(f"{source} says that lm_head is tied to wte, but their weights differ")
     if config.tie_weights:
@@ -768,6 +790,6 @@ def build_model(checkpoint: dict, source: str | Path) -> GPT:
 
 
 def load_model(source: str | Path) -> GPT:
-    """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised: load_checkpoint.
-    A folder's d2dmoe.pt comes before its ckpt.pt."""
+    """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised:
+    load_checkpoint. A folder's d2dmoe.pt comes before its ckpt.pt."""
     return build_model(load_checkpoint(source), source)

@@ -22,7 +22,7 @@ from torch import Tensor
 from d2dmoe import GPT, Gate, atomic_write, build_model, dynamic_k, flops_per_token, generate, load_checkpoint
 from train import Parser, add_system_options, encode, load_tokenizer, number, pick_device, printable, run, vocabulary
 
-SHADES = (255, 224, 217, 210, 203, 160)  # backgrounds, from white to red, of a terminal with 256 colours; the text is black
+SHADES = (255, 224, 217, 210, 203, 160)  # of a terminal's 256 colours, from white to red, behind black text
 
 
 def shade(text: str, share: float, shares: list[float]) -> str:
@@ -33,8 +33,8 @@ def shade(text: str, share: float, shares: list[float]) -> str:
 
 
 def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens: int, turns: int = 3) -> list[float]:
-    """Decoding speed after the prompt idx [1, T] under each gate: in turns, medians, without each turn's first two tokens (the
-    first includes the prompt, and a GPU compiles its kernels in both)."""
+    """Decoding speed after the prompt idx [1, T] under each gate: in turns, medians, without each turn's first two
+    tokens (the first includes the prompt, and a GPU compiles its kernels in both)."""
     speeds = [[] for _ in gates]
     for _ in range(turns):
         for gate, results in zip(gates, speeds, strict=True):
@@ -48,7 +48,8 @@ def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens:
 
 
 def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[int]) -> None:
-    """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ValueError, OSError."""
+    """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ValueError,
+    OSError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -69,22 +70,22 @@ def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[i
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        "sample.py", description="Generate text from a converted checkpoint.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='examples:\n  python sample.py --tau 0.95\n  python sample.py --ckpt better/ --prompt "def main(" --temperature 0.7',
+        "sample.py", "Generate text from a converted checkpoint.",
+        "--tau 0.95", '--ckpt better/ --prompt "def main(" --temperature 0.7',
     )  # fmt: skip
     count = number(int, 1, 2**40)
     add = parser.add_argument_group("what to run").add_argument
-    add("--ckpt", default="out", help="folder with d2dmoe.pt (else ckpt.pt, a dense model), or a file (default: %(default)s)")
-    add("--tau", type=number(float, 0, 1), default=0.9, help="run the experts whose predicted norm is at least (1 - tau) times"
-        " the token's largest (default: %(default)s)")  # fmt: skip
+    add("--ckpt", default="out", help="folder with d2dmoe.pt (else ckpt.pt, a dense model), or a file")
+    add("--tau", type=number(float, 0, 1), default=0.9, help="run the experts whose predicted norm is at least"
+        " (1 - tau) times the token's largest")  # fmt: skip
     add("--prompt", default="    def ", help="text to continue; - reads standard input (default: %(default)r)")
-    add("--num_samples", type=count, default=1, help="texts to write (default: %(default)s)")
-    add("--max_new_tokens", type=count, default=500, help="tokens per text (default: %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.9, help="0 takes the likeliest token (default: %(default)s)")
+    add("--num_samples", type=count, default=1, help="texts to write")
+    add("--max_new_tokens", type=count, default=500, help="tokens per text")
+    add("--temperature", type=number(float, 0), default=0.9, help="0 takes the likeliest token")
     add("--top_k", type=count, help="sample among the k likeliest tokens (default: all)")
     add("--ignore_end", action="store_true", help="go on after <|endoftext|>")
-    add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts; auto: on a"
-        " terminal (default: %(default)s)")  # fmt: skip
+    add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts;"
+        " auto: on a terminal")  # fmt: skip
     add("--picture", type=Path, metavar="FILE", help="draw the first text: tokens x layers, colour = share of experts")
     add_system_options(parser)
     args = parser.parse_args(argv)
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(checkpoint, args.ckpt).to(device)
     config, name = model.config, checkpoint.get("tokenizer")
     if not isinstance(name, str) or vocabulary(name) > config.vocab_size:
-        raise ValueError(f"{args.ckpt} does not tell what its tokens spell: convert it with --data, the folder of its .bin files")
+        raise ValueError(f"{args.ckpt} does not tell what its tokens spell: convert it with its .bin files as --data")
     tokenizer = load_tokenizer(name)
     gate = None if args.tau == 1 else partial(dynamic_k, tau=args.tau)  # at tau = 1 no router is asked
     experts = [len(layer.w1) for layer in model.layers()] if config.num_experts else []
@@ -134,9 +135,10 @@ def main(argv: list[str] | None = None) -> None:
                 shares.append(sum(counts[-1]) / sum(experts))
                 flops += flops_per_token(config, context, counts[-1] if gate else None)
                 dense_flops += flops_per_token(config, context)
-            piece = decoder.decode(tokenizer.decode_single_token_bytes(token_id) if token_id < tokenizer.n_vocab else b"?")
-            written.append(piece)
-            print(shade(show(piece), shares[-1], shares) if shaded and piece.strip() else show(piece), end="", flush=True)
+            spelled = tokenizer.decode_single_token_bytes(token_id) if token_id < tokenizer.n_vocab else b"?"
+            written.append(decoder.decode(spelled))
+            piece = show(written[-1])
+            print(shade(piece, shares[-1], shares) if shaded and piece.strip() else piece, end="", flush=True)
         print(show(decoder.decode(b"", final=True)))
         if args.picture and sample == 0:
             draw(args.picture, [show(piece) for piece in written], counts, experts)
@@ -150,8 +152,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     speed, dense_speed = tokens_per_second(model, idx, [gate, None], measured)
     print(
-        f"\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of the dense model's "
-        f"FLOPs; {speed:.0f} tokens/s, {speed / dense_speed:.2f}x the {dense_speed:.0f} of all experts without a router"
+        f"\ntau {args.tau:g}: {sum(shares) / len(shares):.1%} of the experts executed, {flops / dense_flops:.1%} of "
+        f"the dense model's FLOPs; {speed:.0f} tokens/s, {speed / dense_speed:.2f}x the {dense_speed:.0f} of all "
+        "experts without a router"
     )
     if config.router == "moefication" and gate:
         print("(a MoEfication conversion, whose own rule is top-k: tau was applied to its classifier's scores)")

@@ -9,8 +9,8 @@
 The way of the data: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
 reads beside the two token files.
 
-The recipe is main's loop: loss = cross entropy + alpha * the mean of the layers' sparsity penalties. Before it stand the
-settings and what the loop calls; after it, reading text, resuming, and the plumbing that the three scripts share.
+The recipe is main's loop: loss = cross entropy + alpha * the mean of the layers' sparsity penalties. Before it stand
+the settings and what the loop calls; after it, reading text, resuming, and the plumbing that the three scripts share.
 """
 
 import argparse
@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, Gate, GPTConfig, atomic_write, build_model, keep_previous, load_checkpoint, save_checkpoint, square_hoyer,
+    GPT, GPT2_REPOS, Gate, GPTConfig, atomic_write, build_model, keep_previous, load_checkpoint, save_checkpoint,
+    square_hoyer,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
@@ -48,20 +49,32 @@ from kernels import ACTIVATIONS
 
 PRESETS = {
     "default": {},
-    # The sizes of GPT-2 124M and the settings of the authors' script, but for its dropout of 0.1 (there is none here) and
-    # its bfloat16 (add --dtype bfloat16).
+    # The sizes of GPT-2 124M and the settings of the authors' script, but for its dropout of 0.1 (there is none here)
+    # and its bfloat16 (add --dtype bfloat16).
     "gpt2": dict(
-        tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, activation="relu", penalty="l1", alpha=5e-4,
-        alpha_ramp=0.0, steps=1000, batch_size=8, grad_accum=120, lr=6e-4, final_lr=0.0, warmup=100, eval_every=50,
-        eval_windows=64,
+        tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, activation="relu",
+        penalty="l1", alpha=5e-4, alpha_ramp=0.0,
+        steps=1000, batch_size=8, grad_accum=120, lr=6e-4, final_lr=0.0, warmup=100, eval_every=50, eval_windows=64,
     ),
 }  # fmt: skip
-MODEL = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "penalty")  # options that are fields of GPTConfig
-RUN_OPTIONS = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # not kept: of one run, or in the config anyway
+MODEL = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "penalty")  # options that GPTConfig has too
+RUN_OPTIONS = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # not kept: of one run, or in the config
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Adds to each option's help its default."""
+
+    def _get_help_string(self, action):
+        told = "(default" in action.help or action.default in (None, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if told else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a wrong option."""
+    """argparse, with examples, and one line for a wrong option."""
+
+    def __init__(self, prog: str, description: str, *examples: str):
+        epilog = "\n  ".join(("examples:", *(f"python {prog} {example}" for example in examples)))
+        super().__init__(prog, description=description, epilog=epilog, formatter_class=Help)
 
     def error(self, message):
         raise ValueError(f"{message} (see python {self.prog} --help)")
@@ -83,54 +96,53 @@ def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable
 def add_system_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options that the three scripts have in common."""
     group = parser.add_argument_group("system")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is (default: auto)")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn at random (default: 0)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn at random")
     return group
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """-> all options; and those that the command line, the preset or the resumed run set. Raises ValueError."""
     parser = Parser(
-        "train.py", description="Train a dense GPT with sparse activations.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n"
-        "  python train.py --data book.txt --out book\n  python train.py --init resume --out book --steps 3000",
+        "train.py", "Train a dense GPT with sparse activations.",
+        "--data book.txt --out book", "--init resume --out book --steps 3000",
     )  # fmt: skip
-    count, size, default = number(int, 1, 2**40), number(float, 0), "(default: %(default)s)"
+    count, size = number(int, 1, 2**40), number(float, 0)
     add = parser.add_argument_group("what to run").add_argument
-    add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's train.bin"
-        " and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
+    add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
+        " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own, else bytes)")
-    add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or nanoGPT's, a"
-        f" folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)} {default}")  # fmt: skip
-    add("--out", type=Path, default=Path("out"), help=f"folder for train.bin, val.bin and ckpt.pt {default}")
-    add("--preset", choices=PRESETS, default="default", help="gpt2: the authors' fine-tuning of GPT-2 124M, without dropout")
+    add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or"
+        f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
+    add("--out", type=Path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
+    add("--preset", choices=PRESETS, default="default", help="gpt2: as the authors fine-tune it, but for dropout")
     add = parser.add_argument_group("model (decided by the checkpoint where there is one)").add_argument
-    add("--n_layer", type=count, default=4, help=f"blocks {default}")
-    add("--n_head", type=count, default=4, help=f"attention heads {default}")
-    add("--n_embd", type=count, default=128, help=f"width d {default}")
-    add("--block_size", type=count, default=128, help=f"context in tokens; with --init it may be shorter {default}")
+    add("--n_layer", type=count, default=4, help="blocks")
+    add("--n_head", type=count, default=4, help="attention heads")
+    add("--n_embd", type=count, default=128, help="width d")
+    add("--block_size", type=count, default=128, help="context in tokens; with --init it may be shorter")
     add("--no_bias", dest="bias", action="store_false", help="no biases in linear layers and layer norms")
-    add("--activation", choices=ACTIVATIONS, default="relu", help=f"with --init it may differ: ReLUfication {default}")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="with --init it may differ: ReLUfication")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--penalty", choices=("hoyer", "l1", "none"), default="hoyer", help=f"on feed-forward activations {default}")
-    add("--alpha", type=size, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for ReLU and 5e-5"
-        f" for GELU {default}")  # fmt: skip
-    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which the weight grows linearly"
-        f" from 0; 0: constant, as in the authors' GPT-2 {default}")  # fmt: skip
+    add("--penalty", choices=("hoyer", "l1", "none"), default="hoyer", help="on feed-forward activations")
+    add("--alpha", type=size, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for ReLU and"
+        " 5e-5 for GELU")  # fmt: skip
+    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which the weight grows"
+        " linearly from 0; 0: constant, as in the authors' GPT-2")  # fmt: skip
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=count, default=1500, help=f"optimizer steps {default}")
-    add("--batch_size", type=count, default=16, help=f"sequences that a process computes at once {default}")
-    add("--grad_accum", type=count, default=1, help=f"batches per step, shared out among processes {default}")
-    add("--lr", type=size, default=2e-3, help=f"peak learning rate {default}")
-    add("--final_lr", type=number(float, 0, 1), default=0.1, help=f"final learning rate as a share of --lr {default}")
-    add("--warmup", type=number(int, 0, 2**40), default=100, help=f"steps of linear warm-up {default}")
-    add("--weight_decay", type=size, default=0.1, help=f"of matrices and embeddings {default}")
-    add("--beta2", type=number(float, 0, 0.999999), default=0.95, help=f"AdamW's; beta1 is 0.9 {default}")
-    add("--grad_clip", type=size, default=1.0, help=f"largest norm of the gradient, 0 for any {default}")
+    add("--steps", type=count, default=1500, help="optimizer steps")
+    add("--batch_size", type=count, default=16, help="sequences that a process computes at once")
+    add("--grad_accum", type=count, default=1, help="batches per step, shared out among processes")
+    add("--lr", type=size, default=2e-3, help="peak learning rate")
+    add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
+    add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
+    add("--weight_decay", type=size, default=0.1, help="of matrices and embeddings")
+    add("--beta2", type=number(float, 0, 0.999999), default=0.95, help="AdamW's; beta1 is 0.9")
+    add("--grad_clip", type=size, default=1.0, help="largest norm of the gradient, 0 for any")
     add = add_system_options(parser).add_argument
-    add("--eval_every", type=count, default=100, help=f"steps between evaluations; each one saves {default}")
-    add("--eval_windows", type=count, default=256, help=f"windows of held-out text per evaluation {default}")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"of the matrix multiplies {default}")
+    add("--eval_every", type=count, default=100, help="steps between evaluations; each one saves")
+    add("--eval_windows", type=count, default=256, help="windows of held-out text per evaluation")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix multiplies")
     add("--compile", action="store_true", help="torch.compile the model")
     defaults, args = vars(parser.parse_args([])), parser.parse_args(argv)
 
@@ -142,7 +154,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     if args.init == "resume":
         saved = load_checkpoint(args.out, ("ckpt.pt",)).get("arguments")
         if not isinstance(saved, list) or not all(isinstance(word, str) for word in saved):
-            raise ValueError(f"{args.out}/ckpt.pt was not left by a run that can be resumed: use --init {args.out}/ckpt.pt")
+            where = f"{args.out}/ckpt.pt"
+            raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
         # A checkpoint is input: it is checked as the command line is, and no path is taken from it.
         try:
             saved = {k: v for k, v in without_defaults(saved).items() if k not in RUN_OPTIONS}
@@ -166,6 +179,9 @@ def as_words(args: argparse.Namespace) -> list[str]:
 # Batches
 
 
+WRONG_TOKENS = "are --data and --tokenizer right?"
+
+
 def draw_offsets(length: int, sequences: int, block_size: int, seed: int, step: int) -> Tensor:
     """Where a step's sequences start, [sequences]: a function of seed and step alone, so that a resumed run sees the
     batches it would have seen, and any number of processes share out the same ones."""
@@ -180,7 +196,7 @@ def take_windows(
     vocabulary."""
     windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
     if windows.max() >= vocab_size:
-        raise ValueError(f"token {windows.max()} lies outside the vocabulary of {vocab_size}: are --data and --tokenizer right?")
+        raise ValueError(f"token {windows.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
     windows = torch.from_numpy(windows)
     if torch.device(device).type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -190,10 +206,13 @@ def take_windows(
 
 
 class Batches:
-    """batches[step] is a list of (x, y), each [B, T]: this process's share of the step's sequences, in pieces of at most
-    `at_once`. Raises ValueError if the sequences do not divide among the processes of torchrun."""
+    """batches[step] is a list of (x, y), each [B, T]: this process's share of the step's sequences, in pieces of at
+    most `at_once`. Raises ValueError if the sequences do not divide among the processes of torchrun."""
 
-    def __init__(self, tokens: np.ndarray, config: GPTConfig, steps: int, sequences: int, seed: int, device, at_once: int = 0):
+    def __init__(
+        self, tokens: np.ndarray, config: GPTConfig, steps: int, sequences: int, seed: int,
+        device: torch.device | str = "cpu", at_once: int = 0,
+    ):  # fmt: skip
         self.tokens, self.config, self.steps, self.sequences = tokens, config, steps, sequences
         self.seed, self.device, self.at_once = seed, device, at_once or sequences
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -218,16 +237,16 @@ def evaluate(
     model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate | None = None,
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
-    """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the number
-    of experts that every token executed, [windows * T] (no entries for a dense model).
+    """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the
+    number of experts that every token executed, [windows * T] (no entries for a dense model).
 
     Raises ValueError if windows or batch_size is below 1, or there are fewer tokens than one context.
     """
     config, device, training = model.config, model.lm_head.weight.device, model.training
     last = len(tokens) - config.block_size - 1
     if windows < 1 or batch_size < 1 or last < 0:
-        raise ValueError(f"evaluation needs at least one window, one sequence at once and {config.block_size + 1} tokens")
-    offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24 only
+        raise ValueError(f"evaluation needs a window, a sequence at once and {config.block_size + 1} tokens, or more")
+    offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24
     batch_size = max(1, min(batch_size, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
     total, executed = 0.0, []
     model.eval()
@@ -283,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         data = args.data or (str(args.out) if resuming else "stdlib")
         if (args.out / "train.bin").exists() and not any((args.out / name).exists() for name in (".lock", "ckpt.pt")):
             if (Path(data).expanduser() / "train.bin").resolve() != (args.out / "train.bin").resolve():
-                raise ValueError(f"{args.out} holds tokens that no run left there: choose another --out, or give it as --data")
+                raise ValueError(f"{args.out} holds tokens of no run: choose another --out, or give them as --data")
         lock = claim(args.out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None  # noqa: F841 held to the end
         checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
         base = build_model(checkpoint, source) if checkpoint else None
@@ -296,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     text = fingerprint(train_tokens, val_tokens)
     if resuming and text != checkpoint.get("text"):
         if args.data is None:
-            raise ValueError(f"{args.out}/train.bin and val.bin are not what ckpt.pt was trained on: give that text as --data")
+            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
         say("warning: this is not the text of the run so far, which may have been trained on what is held out now")
     batches = Batches(
         train_tokens, config, args.steps, args.batch_size * args.grad_accum, args.seed, device, at_once=args.batch_size
@@ -322,8 +341,10 @@ def main(argv: list[str] | None = None) -> int:
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         kept = keep_previous(args.out / "ckpt.pt") if replaces else None
         # No random state: batches depend on seed and step alone, and the model has no dropout.
-        state = dict(step=step, optimizer=optimizer.state_dict(), arguments=as_words(args), tokenizer=tokenizer, text=text)
-        save_checkpoint(args.out / "ckpt.pt", model, **state)
+        save_checkpoint(
+            args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), arguments=as_words(args),
+            tokenizer=tokenizer, text=text,
+        )  # fmt: skip
         replaces = False
         if kept:
             say(f"the model that was in {args.out}/ckpt.pt stays as {kept}")
@@ -331,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
     say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)")
-    say("zeros: share of activations that are zero; active: effective number of active neurons per layer (square Hoyer)")
+    say("zeros: share of activations that are zero; active: effective number of active neurons per layer, square Hoyer")
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
     spread = torch.linspace(0, len(val_tokens) - config.block_size - 1, 16, dtype=torch.float64).long()
     probe, _ = take_windows(val_tokens, spread, config.block_size, config.vocab_size, device)  # held-out [16, T]
@@ -374,12 +395,13 @@ def main(argv: list[str] | None = None) -> int:
                 save(done)
                 rate = (done - since) * batches.sequences * config.block_size / seconds
                 left = int((time.perf_counter() - clock) / (done - since) * (args.steps - done))
-                say(f"{done:6d} {sum(losses) / len(losses):7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
+                loss = sum(losses) / len(losses)
+                say(f"{done:6d} {loss:7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
                     f"{left // 60:3d}m{left % 60:02d}s")  # fmt: skip
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
                 if rank == 0 and replaces:
-                    say(f"stopped at step {done}, before an evaluation: nothing saved, {args.out}/ckpt.pt stays the earlier run's")
+                    say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
                     say(f"stopped at step {done} and saved; go on with: python train.py --init resume --out {args.out}")
@@ -392,8 +414,8 @@ def check_finite(step: int, *values: float) -> None:
     """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
     if not all(map(math.isfinite, values)):
         raise ValueError(
-            f"step {step}: loss, gradient or weights are not finite; nothing was saved since the last evaluation: try a lower "
-            "--lr, a longer --warmup or --dtype float32, then --init resume"
+            f"step {step}: loss, gradient or weights are not finite; nothing was saved since the last evaluation: try "
+            "a lower --lr, a longer --warmup or --dtype float32, then --init resume"
         )
 
 
@@ -434,14 +456,15 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict, args: argpa
             raise TypeError(f"step {step!r}")
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             fits = state[i]["step"].shape == ()
-            for m in (state[i]["exp_avg"], state[i]["exp_avg_sq"]):  # fused AdamW would write past the end of a smaller one
+            for m in (state[i]["exp_avg"], state[i]["exp_avg_sq"]):  # AdamW would write past the end of a smaller one
                 fits &= (m.shape, m.stride(), m.dtype) == (p.shape, p.stride(), p.dtype)
             if not fits:
                 raise ValueError(f"the moments of parameter {i} have another shape")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         last_lr = float(checkpoint["optimizer"]["param_groups"][0]["lr"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where} cannot be resumed ({type(error).__name__}: {error}): use it with --init {where}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} cannot be resumed ({reason}): use it with --init {where}") from None
     if not 0 <= step < args.steps:
         raise ValueError(f"{where} has its {step} steps: give a larger --steps to train on, or run convert.py")
     lr = learning_rate(step, args.steps, args.lr, args.warmup, args.final_lr)
@@ -455,11 +478,11 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict, args: argpa
 
 
 def load_tokenizer(name: str | None) -> tiktoken.Encoding:
-    """"bytes" (256 bytes and <|endoftext|>; nothing to download), "gpt2" (tiktoken's), or "characters:" and an alphabet,
-    a nanoGPT character model's. Raises ValueError for another name, OSError if GPT-2's cannot be had."""
+    """"bytes" (256 bytes and <|endoftext|>; nothing to download), "gpt2" (tiktoken's), or "characters:" and an
+    alphabet, a nanoGPT character model's. Raises ValueError for another name, OSError if GPT-2's cannot be had."""
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+        ranks, end = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
     if name is not None and re.match("characters:.", name, re.DOTALL):
         ranks = {c.encode(): i for i, c in enumerate(name.removeprefix("characters:"))}
         return tiktoken.Encoding("characters", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
@@ -469,8 +492,8 @@ def load_tokenizer(name: str | None) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the network, a proxy or a full disk raise
         raise OSError(
-            f"cannot load GPT-2's tokenizer ({type(error).__name__}): connect to the internet once, or set TIKTOKEN_CACHE_DIR "
-            "to a folder with tiktoken's cache, whose files are named by the sha1 of their URL"
+            f"cannot load GPT-2's tokenizer ({type(error).__name__}): connect to the internet once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cache, whose files are named by the sha1 of their URL"
         ) from None
 
 
@@ -492,7 +515,7 @@ def own_tokenizer(folder: Path) -> str | None:
 
     class PlainUnpickler(pickle.Unpickler):  # a pickle can run any code, but only through what it names here
         def find_class(self, module, name):
-            raise ValueError(f"{folder}/meta.pkl names {module}.{name}: only plain dicts, strings and integers are read")
+            raise ValueError(f"{folder}/meta.pkl names {module}.{name}: only dicts, strings and integers are read")
 
     path = folder / "meta.pkl"
     if not path.is_file():
@@ -512,7 +535,8 @@ def text_files(data: str) -> list[Path]:
     """The files of "stdlib", or of a file or folder, sorted. Raises FileNotFoundError or ValueError."""
     root, skip = Path(data).expanduser(), set()
     if data == "stdlib":
-        root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+        root = Path(sysconfig.get_path("stdlib"))
+        skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     if not root.exists():
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     if (root / "prepare.py").exists():
@@ -528,7 +552,7 @@ def text_files(data: str) -> list[Path]:
 
 
 def as_text(content: bytes) -> str | None:
-    """UTF-8 text; None for anything else. (NUL is valid UTF-8, but tokens, UTF-16 and archives have it, and text has not.)"""
+    """UTF-8 text, or None for anything else. (NUL is valid UTF-8, but where it occurs, it is no text.)"""
     try:
         return None if b"\0" in content else content.decode()
     except UnicodeDecodeError:
@@ -568,7 +592,7 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, out: Path) -> None:
                     say(f"encoding file {i + 1} of {len(files)}, {(train.tell() + val.tell()) // 2:,} tokens so far")
             part.write(np.array(end, dtype=np.uint16).tobytes())
         if texts == 0:
-            raise ValueError(f"--data {data} is not UTF-8 text: it takes text, or the folder of a train.bin and a val.bin")
+            raise ValueError(f"--data {data} is not UTF-8 text, nor a folder with a train.bin and a val.bin")
         if texts < 10:
             length = train.tell() // 2
             train.seek(2 * (length - length // 10))
@@ -584,8 +608,9 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
         raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
     with open(path, "rb") as f:
         start = f.read(1 << 22)
-    if path.stat().st_size % 2 or start[:6] == b"\x93NUMPY" or start[:4] == (20240520).to_bytes(4, "little"):  # numpy, llm.c
-        raise ValueError(f"{path} is not a plain file of uint16 tokens as nanoGPT writes it: it has a header or an odd size")
+    numpys, llm_cs = start[:6] == b"\x93NUMPY", start[:4] == (20240520).to_bytes(4, "little")
+    if path.stat().st_size % 2 or numpys or llm_cs:
+        raise ValueError(f"{path} is not a plain file of uint16 tokens, as nanoGPT's: it has a header or an odd size")
     if start and as_text(start) is not None:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
@@ -594,13 +619,17 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
-        raise ValueError(f"{path}: token {tokens.max()} lies outside the vocabulary of {vocab_size}: are --data and --tokenizer right?")
+        raise ValueError(f"{path}: token {tokens.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 
 def open_tokens(folder: Path, block_size: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens. Raises ValueError or FileNotFoundError."""
-    return map_tokens(folder / "train.bin", block_size, vocab_size), map_tokens(folder / "val.bin", block_size, vocab_size)
+    train, val = (map_tokens(folder / name, block_size, vocab_size) for name in ("train.bin", "val.bin"))
+    return train, val
+
+
+OTHER_TEXT = "are not what ckpt.pt was trained on: give that text as --data"
 
 
 def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
@@ -626,12 +655,13 @@ def prepare_tokens(
     if encoded:
         return folder, tokenizer
     if folder == out:
-        raise FileNotFoundError(f"{out}/train.bin and val.bin are missing: give the text as --data, or the folder of its .bin files")
+        raise FileNotFoundError(f"{out}/train.bin and val.bin are missing: give their folder, or text, as --data")
     if tokenizer is None and model is not None:
-        raise ValueError("the checkpoint does not tell its tokens: add --tokenizer, or give the folder of its .bin files as --data")
+        raise ValueError("the checkpoint does not tell its tokens: add --tokenizer, or --data with its .bin files")
     tokenizer = tokenizer or "bytes"
     if model is not None and vocabulary(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the model's vocabulary of {model.config.vocab_size} is too small for the tokenizer {tokenizer[:20]!r}")
+        V = model.config.vocab_size
+        raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         encode_text(data, load_tokenizer(tokenizer), out)
     return out, tokenizer
@@ -672,8 +702,8 @@ def silence(descriptor: int) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script. A user's mistake ends in one line on stderr and status 1, a signal in 128 + its number; anything else
-    is a bug, whose traceback is shown."""
+    """Runs a script. A user's mistake ends in one line on stderr and status 1, a signal in 128 + its number; anything
+    else is a bug, whose traceback is shown."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
@@ -686,7 +716,7 @@ def run(main: Callable[[], int | None]) -> None:
         message = f"error: {' '.join(str(error).split())}"
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        rank_zero_ended = dist.is_initialized() and dist.get_rank() > 0 and "onnection" in str(error)  # and has said why
+        rank_zero_ended = dist.is_initialized() and dist.get_rank() > 0 and "onnection" in str(error)  # it has said why
         if not memory and not rank_zero_ended:
             raise
         message = "error: out of memory: lower --batch_size or the sizes of the model" if memory else ""
@@ -704,8 +734,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[tuple[int, float]]]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP are noted in the list that it yields, which the loop reads after each step. Only a
-    second Ctrl-C interrupts at once (not the copy of the first one that torchrun passes on within a second)."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP are noted in the list that it yields, which the loop reads after each step.
+    Only a second Ctrl-C interrupts at once (not the copy of the first one that torchrun passes on within a second)."""
     stop, before = [], {}
 
     def note(signum, frame):
@@ -732,7 +762,7 @@ def claim(folder: Path, *names: str) -> BinaryIO | None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} is a folder, but a file of that name is to be written: choose another --out")
+            raise ValueError(f"{folder / name} is a folder, where a file is to be written: choose another --out")
     lock = open(folder / ".lock", "wb")  # fails where the folder cannot be written
     with contextlib.suppress(ImportError):  # Windows has no fcntl, some file systems no locks
         import fcntl
@@ -747,7 +777,7 @@ def claim(folder: Path, *names: str) -> BinaryIO | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU; under torchrun this process's GPU. Raises ValueError if it is not there."""
+    """auto: CUDA, else Apple's MPS, else the CPU; under torchrun this process's GPU. Raises ValueError if not there."""
     local_rank = os.environ.get("LOCAL_RANK")
     if name == "auto":
         mps = torch.backends.mps.is_available() and local_rank is None  # gloo knows no MPS
