@@ -183,9 +183,8 @@ def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor 
     if executed is None:
         return dense_ffn(x, w1, b1, w2, None, activation)  # all tokens are every expert's own
     y = torch.zeros_like(x)
-    expert_of, token_of = executed.t().nonzero(as_tuple=True)  # both [pairs], expert by expert
-    counts = torch.bincount(expert_of, minlength=len(w1)).tolist()  # n_e, tokens of each expert
-    for e, tokens in enumerate(token_of.split(counts)):
+    counts = executed.sum(0).tolist()  # n_e, tokens of each expert
+    for e, tokens in enumerate(executed.t().nonzero()[:, 1].split(counts)):  # [n_e]
         if counts[e]:
             a = activate_(F.linear(x.index_select(0, tokens), w1[e], b1[e]), activation)  # [n_e, h]
             y.index_add_(0, tokens, a @ w2[e])  # [n_e, d] into [N, d]
@@ -465,19 +464,18 @@ READ, READ_SAMPLED, READ_LOOPED, READ_GROUPED = 12, 13, 29, 60  # fetching a pai
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """expert_ffn on a CPU without gradients: estimates what each path would take and runs the fastest."""
     (N, _), (E, h, d) = x.shape, w1.shape
-    pairs = N * E if executed is None else int(executed.count_nonzero())
+    counts = [N] * E if executed is None else executed.sum(0).tolist()  # tokens of each expert
+    pairs, used = sum(counts), sum(n > 0 for n in counts)
     if pairs == N * E:
         executed = None
     dense = DENSE_CALLS + E * h * d * (READ + N)
     sampled = SAMPLED_CALLS + pairs * h * d * READ_SAMPLED
-    if N == 1 and executed is not None and pairs * (LOOPED_CALLS + h * d * READ_LOOPED) < min(dense, sampled):
-        return looped_ffn(x, w1, b1, w2, executed[0].nonzero()[:, 0].tolist(), activation)
-    if N > 1 and executed is not None:
-        grouped = pairs * (GROUPED_ROW + h * d)
-        if grouped < min(dense, sampled):  # tells most masks without counting the experts in use
-            grouped += int(executed.any(0).count_nonzero()) * (GROUPED_CALLS + h * d * READ_GROUPED)
-        if grouped < min(dense, sampled):
-            return grouped_ffn(x, w1, b1, w2, executed, activation)
+    looped = pairs * (LOOPED_CALLS + h * d * READ_LOOPED)
+    grouped = pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED)
+    if N == 1 and executed is not None and looped < min(dense, sampled):
+        return looped_ffn(x, w1, b1, w2, [e for e in range(E) if counts[e]], activation)
+    if N > 1 and executed is not None and grouped < min(dense, sampled):
+        return grouped_ffn(x, w1, b1, w2, executed, activation)
     # sampled_addmm takes float32 and float64, and contiguous weights are seen as [E*h, d]
     if sampled < dense and x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():
         return sampled_ffn(x, w1, b1, w2, executed, activation)
