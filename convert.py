@@ -44,8 +44,9 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, learning_rate, number,
-    open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes, take_windows,
+    OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, held_out,
+    learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes,
+    take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,8 +68,8 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> 
     prices, squares, best, assignment = torch.zeros(k), math.inf, math.inf, None
     for _ in range(iterations):
         score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2, up to a constant per point
-        # epsilon trades accuracy for speed: an approximate assignment will do while the centers move. The lower bounds
-        # keep it above float32 rounding, or identical points could outbid each other forever.
+        # epsilon trades accuracy for speed: a tenth of the scores' spread will do, since the centers move anyway. The
+        # lower bounds keep it above float32 rounding, or identical points could outbid each other forever.
         epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
         candidate = assign_balanced(score, prices, epsilon)  # [n]
         centers = torch.zeros_like(centers).index_add_(0, candidate, points) / (n // k)
@@ -159,17 +160,17 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
 
 
 @torch.no_grad()
-def split_model(source: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
-    """Fills the experts of `moe` from the MLPs of `source`; its routers stay as they were drawn.
+def split_model(model: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
+    """Fills the experts of `moe` from the MLPs of `model`; its routers stay as they were drawn.
 
     sample: tokens [B, T] on which to see which neurons fire together; None: neurons are grouped by their weights.
     """
-    moe.load_state_dict(source.state_dict(), strict=False)  # all that is not split keeps its name
+    moe.load_state_dict(model.state_dict(), strict=False)  # all that is not split keeps its name
     inputs: list[Tensor] = []
     if sample is not None:
-        source.hidden(sample, inputs=inputs)
+        model.hidden(sample, inputs=inputs)
     clock = time.perf_counter()
-    for i, (mlp, layer) in enumerate(zip(source.layers(), moe.layers(), strict=True)):
+    for i, (mlp, layer) in enumerate(zip(model.layers(), moe.layers(), strict=True)):
         features = coactivation_features(mlp, inputs[i].flatten(0, 1)) if inputs else weight_features(mlp)
         split_mlp(mlp, layer, balanced_kmeans(features, len(layer.w1), seed))
         if time.perf_counter() - clock > 5:
@@ -196,10 +197,10 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
         loss = loss_of(x, y, step)
         loss.backward()
         mean_loss = loss.detach().clone()
-        if batches.world > 1:  # the mean over processes
+        if dist.is_initialized():  # the mean over processes
             for t in (mean_loss, *(p.grad for p in parameters)):
                 dist.all_reduce(t)
-                t /= batches.world
+                t /= dist.get_world_size()
         if not math.isfinite(mean_loss.item()):
             raise ValueError(f"{label}: the loss is not finite at step {step}: try a lower --lr, or --finetune_lr")
         optimizer.step()
@@ -213,7 +214,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
 
 def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
     """Mean squared error between the router's prediction and the true ||W2_e act(W1_e x + b1_e)|| ** power, for tokens
-    x [N, d]; a scalar. Only the router gets gradients."""
+    x [N, d]; a scalar. Of the layer's parameters only the router's get gradients."""
     with torch.no_grad():
         norms = layer.expert_norms(x)  # [N, E]
     return F.mse_loss(layer.router.powered_norms(x), norms**layer.router.power)
@@ -350,7 +351,7 @@ EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations s
 
 
 def top_share(norms: Tensor, share: float) -> Tensor:
-    """top_k with k = share * E, rounded up, so that rounding never takes an expert from top-k."""
+    """top_k with k = share * E, rounded up: never fewer experts than the rule it is compared with."""
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
@@ -379,30 +380,30 @@ def oracles(moe: GPT):
             layer.router = router
 
 
+def relative_flops(config: GPTConfig, counts: list[float] | None) -> float:
+    """FLOPs per token over those of the dense model, on average over a window; `counts` as in flops_per_token."""
+    context = (config.block_size + 1) / 2  # tokens that a token attends to
+    return flops_per_token(config, context, counts) / flops_per_token(config, context)
+
+
 def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> dict[str, float]:
-    """Under a gate: executed share of all experts (each counts once, whatever its size), FLOPs per token over those of
-    the dense model, and loss."""
-    config = moe.config
+    """Under a gate: executed share of all experts (each counts once, whatever its size), relative FLOPs, and loss."""
     loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
     means = [c.float().mean().item() for c in counts]  # per layer
-    context = (config.block_size + 1) / 2  # what a token attends to, on average over a window
-    flops = flops_per_token(config, context, means if gate else None) / flops_per_token(config, context)
-    return {"executed": sum(means) / sum(len(layer.w1) for layer in moe.layers()), "flops": flops, "loss": loss}
+    executed = sum(means) / sum(len(layer.w1) for layer in moe.layers())
+    return {"executed": executed, "flops": relative_flops(moe.config, means if gate else None), "loss": loss}
 
 
 @torch.no_grad()
 def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, turns: int = 5) -> float:
     """Seconds of the converted model for a batch of windows over the dense model's, in turns; ratio of medians."""
-    config, device = dense.config, dense.lm_head.weight.device
-    sequences = max(1, min(EVAL_BATCH, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
-    offsets = torch.linspace(0, len(tokens) - config.block_size - 1, sequences, dtype=torch.float64).long()
-    x, _ = take_windows(tokens, offsets, config.block_size, config.vocab_size, device)
+    x, _ = next(held_out(dense, tokens, EVAL_BATCH))
     seconds = ([], [])
     for _ in range(turns):
         for model, g, times in ((dense, None, seconds[0]), (moe, gate, seconds[1])):
             start = time.perf_counter()
             model(x, g)
-            if device.type != "cpu":
+            if x.device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
     return statistics.median(seconds[1]) / statistics.median(seconds[0])
@@ -411,10 +412,9 @@ def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, t
 def cost_table(
     moe: GPT, dense: GPT, tokens: np.ndarray, windows: int, taus: list[float], dense_loss: float
 ) -> list[dict]:
-    """Prints the table over tau and returns its points; for MoEfication over k alone."""
-    config, points = moe.config, []
-    context, E = (config.block_size + 1) / 2, [len(layer.w1) for layer in moe.layers()]
-    floor, full = (flops_per_token(config, context, e) / flops_per_token(config, context) for e in ([0] * len(E), E))
+    """Prints the table over tau and returns its points; for MoEfication over the share of experts that top-k runs."""
+    config, points, all_experts = moe.config, [], [len(layer.w1) for layer in moe.layers()]
+    floor, full = relative_flops(config, [0] * len(all_experts)), relative_flops(config, all_experts)
     change = lambda loss: f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"  # noqa: E731
 
     def point(rule, value, gate, timed=True):
@@ -448,13 +448,12 @@ def cost_table(
 
 
 def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] | None:
-    """Executed share and relative FLOPs at a loss, read off a rule's curve by linear interpolation; None outside of
-    it."""
+    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve; None outside of it."""
     curve = sorted((p["executed"], p["flops"], p["loss"]) for p in points if p["rule"] == rule)
     for (*low, a), (*high, b) in zip(curve, curve[1:]):  # from the cheapest on
         if b <= loss <= a:
-            share = (a - loss) / (a - b) if a > b else 1.0
-            executed, flops = (x + share * (y - x) for x, y in zip(low, high, strict=True))
+            t = (a - loss) / (a - b) if a > b else 1.0
+            executed, flops = (x + t * (y - x) for x, y in zip(low, high, strict=True))
             return executed, flops
     return None
 
@@ -504,22 +503,23 @@ def read_table(folder: Path) -> list[dict]:
 
 
 def draw(path: Path, tables: list[list[dict]]) -> None:
-    """Loss above dense in % against FLOPs in %, a curve for each table's rule and for the first table's top-k. Raises
-    ImportError without matplotlib."""
+    """Loss above dense in % against FLOPs in %: a curve for each of at most four tables, and for the first one's top-k
+    if there is room. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
     axes = figure.subplots()
     curves = []
     for i, table in enumerate(tables):
+        own_rule = "top_k" if table[0]["recipe"].startswith("moefication") else "dynamic_k"
         for rule in dict.fromkeys(p["rule"] for p in table):
-            own = rule == "dynamic_k" or table[0]["recipe"].startswith("moefication")
+            own = rule == own_rule
             if own or (i == 0 and rule == "top_k" and len(tables) < 4):
                 chosen = [p for p in table if p["rule"] == rule]
                 points = sorted((100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in chosen)
                 name = table[0]["recipe"].partition(" E=")[0] if own else "same model, top-k"
                 curves.append((points, name.replace("$", r"\$"), own))
-    for i, (points, name, own) in enumerate(curves[:4]):
+    for i, (points, name, own) in enumerate(curves):
         color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if own else "#888888"
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
         height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
@@ -569,10 +569,10 @@ def export_gpt2(model: GPT, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
-RECIPES = {  # split, router, router_power, width of the routers at width d
-    "paper": ("weights", "norm", 1.0, lambda d: 3 * d // 8),
-    "better": ("coactivation", "norm", 0.5, lambda d: d // 2),
-    "moefication": ("weights", "moefication", 1.0, lambda d: 3 * d // 8),
+RECIPES = {  # router_width: as a share of d
+    "paper": dict(split="weights", router="norm", router_power=1.0, router_width=3 / 8),
+    "better": dict(split="coactivation", router="norm", router_power=0.5, router_width=1 / 2),
+    "moefication": dict(split="weights", router="moefication", router_power=1.0, router_width=3 / 8),
 }
 
 
@@ -597,8 +597,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " moefication: the baseline, a classifier and top-k")  # fmt: skip
     add("--num_experts", type=count, default=64, help="experts per feed-forward layer")
     add("--attention", action="store_true", help="convert the attention projections too")
-    add("--projection_experts", type=count, help="experts per projection (default: the largest power of two up to 32"
-        " that divides)")  # fmt: skip
     add("--split", choices=("weights", "coactivation"), help="which neurons are alike (default: the recipe's)")
     add("--router_power", type=number(float, 0.05, 8), help="routers regress norm ** power (default: 1, better: 0.5)")
     add("--router_width", type=count, help="hidden width of the routers (default: 3/8 of d, better: 1/2, at most 128;"
@@ -617,6 +615,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--taus", type=number(float, 0, 1), nargs="+", default=taus, help="rows of the table")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per row")
     args = parser.parse_args(argv)
+    if len(args.compare) > 3:
+        raise ValueError("--compare takes at most three folders: a picture of more curves cannot be read")
     if args.recipe == "moefication" and (args.router_power or args.attention or args.finetune):
         raise ValueError("--recipe moefication, the baseline, has no --router_power, --attention or --finetune")
     return args
@@ -624,23 +624,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     """The dense model's config with what the options say of experts and routers. Raises ValueError."""
-    c, (_, router, power, width_of) = dense.config, RECIPES[args.recipe]
-    width = args.router_width or max(1, min(128, width_of(c.n_embd)))
-    power = args.router_power or power
-    config = replace(c, num_experts=args.num_experts, router=router, router_width=width, router_power=power)
+    c, recipe = dense.config, RECIPES[args.recipe]
+    width = args.router_width or max(1, min(128, int(recipe["router_width"] * c.n_embd)))
+    config = replace(
+        c, num_experts=args.num_experts, router=recipe["router"], router_width=width,
+        router_power=args.router_power or recipe["router_power"],
+    )  # fmt: skip
     if not args.attention:
         return config
-    return replace(
-        config, projections="moe", projection_experts=args.projection_experts or math.gcd(c.projection_width, 32),
-        projection_router_width=max(1, width // 4),
-    )  # fmt: skip
+    E = math.gcd(c.projection_width, 32)  # the largest power of two up to 32 that divides
+    return replace(config, projections="moe", projection_experts=E, projection_router_width=max(1, width // 4))
 
 
 def described(config: GPTConfig, args: argparse.Namespace) -> str:
     """What tables and pictures call a conversion: the recipe, what was changed in it, and the sizes."""
-    words = [args.recipe]
-    words += ["attention"] * args.attention + ["fine-tuning"] * bool(args.finetune)
-    words += [f"{args.split} split"] * bool(args.split) + [f"power {args.router_power}"] * bool(args.router_power)
+    changes = (
+        args.attention and "attention", args.finetune and "fine-tuning", args.split and f"{args.split} split",
+        args.router_power and f"power {args.router_power}",
+    )  # fmt: skip
+    words = [args.recipe, *(change for change in changes if change)]
     return f"{' + '.join(words)} E={config.num_experts} r={config.router_width}"
 
 
@@ -651,17 +653,17 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     def batches(steps, seed):  # each stage has its own seed, and so its own batches
         return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
 
-    source = dense
+    unsplit = dense
     if args.attention:  # three quarters of the steps for training jointly, which matters more
         alone = max(1, args.steps // 4)
-        source = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
+        unsplit = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
     moe = GPT(config).to(device).requires_grad_(False).eval()
     sample = None
-    if (args.split or RECIPES[args.recipe][0]) == "coactivation":
-        T = config.block_size  # about 8,192 tokens, of a step that no training has, alike in every process
+    if (args.split or RECIPES[args.recipe]["split"]) == "coactivation":
+        T = config.block_size  # about 8,192 tokens; no training has a step -1, and every process draws the same
         offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
         sample, _ = take_windows(tokens, offsets, T, config.vocab_size, device)
-    split_model(source, moe, sample, args.seed)
+    split_model(unsplit, moe, sample, args.seed)
     if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
         for p in moe.parameters():
             dist.broadcast(p, 0)
@@ -679,7 +681,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
     place = Path(args.ckpt).expanduser()
-    out = args.out or (place if place.is_dir() or (args.ckpt in GPT2_REPOS and not place.exists()) else place.parent)
+    home = place.parent if place.is_file() else place  # where the checkpoint's tokens lie
+    out = args.out or home
     with rank_zero_first():
         checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
         dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
@@ -690,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
                 export_gpt2(dense, args.export)
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
-        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, out)
+        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
@@ -738,21 +741,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_corpus(
-    args: argparse.Namespace, checkpoint: dict, dense: GPT, out: Path
+    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, out: Path
 ) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
-    """Training and held-out tokens, the tokenizer's name (None if unknown) and the text's fingerprint. Raises
-    ValueError."""
-    place = Path(args.ckpt).expanduser()
-    beside = place if place.is_dir() else place.parent
-    if args.data is None and not (beside / "train.bin").exists() and not (beside / "val.bin").exists():
+    """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. Raises ValueError."""
+    if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
     encode_into = out / "text" if (out / "train.bin").exists() else out  # not over the tokens of a training run
     stated = checkpoint.get("tokenizer")
-    folder, tokenizer = prepare_tokens(args.data or str(beside), args.tokenizer, stated, dense, encode_into)
+    folder, tokenizer = prepare_tokens(args.data or str(home), args.tokenizer, stated, dense, encode_into)
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):
-        raise ValueError(f"{beside}/train.bin and val.bin {OTHER_TEXT}")
+        raise ValueError(f"{home}/train.bin and val.bin {OTHER_TEXT}")
     return *tokens, tokenizer, text
 
 

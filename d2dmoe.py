@@ -18,9 +18,10 @@ What differs from nanoGPT's model.py:
 - DynamicKMoE takes an MLP's place after conversion. Its second value is the mask of executed experts, [B, T, E].
 - The model takes a gate, which turns the routers' predicted norms into that mask: partial(dynamic_k, tau=0.9).
 - The four attention projections may be MLPs or experts too.
-- generate keeps keys and values, so that each token is computed once.
+- generate keeps keys and values, so that each token is computed once while the text fits into block_size.
 
-Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, d_ff neurons, E experts of h = d_ff / E neurons, V vocabulary.
+Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, nh = n_head heads of hs = d / nh, d_ff neurons, E experts of
+h = d_ff / E neurons, V vocabulary.
 """
 
 import dataclasses
@@ -79,24 +80,24 @@ class GPTConfig:
             value, kind = getattr(self, field.name), (int, float) if field.type is float else field.type
             if not isinstance(value, kind):
                 raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r}")
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError("block_size, vocab_size, n_layer, n_head and n_embd must be at least 1")
+        self.d_ff = self.d_ff or 4 * self.n_embd
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.d_ff) < 1:
+            raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and d_ff must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        choices = {"activation": tuple(ACTIVATIONS), "penalty": ("hoyer", "l1", "none"),
-                   "router": ("norm", "moefication"), "projections": ("linear", "mlp", "moe")}  # fmt: skip
+        choices = {"activation": ACTIVATIONS, "penalty": PENALTIES, "router": ("norm", "moefication"),
+                   "projections": ("linear", "mlp", "moe")}  # fmt: skip
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in tuple(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
             raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
-        self.d_ff = self.d_ff or 4 * self.n_embd
-        if self.d_ff < 1:
-            raise ValueError(f"d_ff must be at least 1, not {self.d_ff}")
         if self.num_experts:
-            check_experts(self.num_experts, self.d_ff, self.router_width)
+            neurons_per_expert(self.d_ff, self.num_experts)
         if self.projections == "moe":
-            check_experts(self.projection_experts, self.projection_width, self.projection_router_width)
+            neurons_per_expert(self.projection_width, self.projection_experts)
+        if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
+            raise ValueError("a router's width must be at least 1")
 
     @property
     def projection_width(self) -> int:
@@ -106,18 +107,17 @@ class GPTConfig:
         return max(1, round((d * d + d) / (2 * d + 1)))
 
 
-def check_experts(num_experts: int, neurons: int, router_width: int) -> None:
-    """Raises ValueError unless the experts divide the neurons evenly and the router has a width."""
+def neurons_per_expert(neurons: int, num_experts: int) -> int:
+    """h. Raises ValueError unless the experts divide the neurons evenly."""
     if num_experts < 1 or neurons % num_experts:
         raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
-    if router_width < 1:
-        raise ValueError(f"a router's width must be at least 1, not {router_width}")
+    return neurons // num_experts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sparse activations (section 3.1 of the paper)
 
-DISPLACEMENT = -10.0  # s: how far below zero the penalty pushes the pre-activations of a GELU (the authors' GPT-2)
+DISPLACEMENT = -10.0  # s: where the penalty pushes the pre-activations of a GELU (the authors' GPT-2)
 
 
 def square_hoyer(a: Tensor) -> Tensor:
@@ -131,19 +131,21 @@ def square_hoyer(a: Tensor) -> Tensor:
     return (a.sum(-1) / (torch.linalg.vector_norm(a, dim=-1) + 1e-12)).square()  # (|a|_1 / |a|_2)^2
 
 
+PENALTIES = {  # [..., d_ff] -> [...] float32
+    "hoyer": square_hoyer,
+    "l1": lambda a: a.sum(-1, dtype=torch.float32),
+    "none": lambda a: a.new_zeros(a.shape[:-1], dtype=torch.float32),
+}
+
+
 def sparsity_penalty(z: Tensor, a: Tensor, activation: str, penalty: str) -> Tensor:
     """Mean over tokens of the penalty on one layer, for pre-activations z [..., d_ff] and a = act(z); a float32 scalar.
 
     A ReLU is penalized on its output a. A GELU has no zeros to count, so its pre-activation is clamped and displaced,
     max(z, s) - s with s = DISPLACEMENT: the penalty pushes z towards s, where GELU(z) is almost 0.
     """
-    if penalty == "none":
-        return z.new_zeros((), dtype=torch.float32)
-    if activation != "relu":
-        a = z.float().clamp(min=DISPLACEMENT) - DISPLACEMENT  # [..., d_ff]
-    if penalty == "hoyer":
-        return square_hoyer(a).mean()
-    return a.sum(-1, dtype=torch.float32).mean()  # l1
+    penalized = a if activation == "relu" else z.float().clamp(min=DISPLACEMENT) - DISPLACEMENT  # [..., d_ff]
+    return PENALTIES[penalty](penalized).mean()
 
 
 class Linear(nn.Linear):
@@ -251,9 +253,7 @@ class DynamicKMoE(nn.Module):
 
     def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
         super().__init__()
-        if num_experts < 1 or d_ff % num_experts:
-            raise ValueError(f"{num_experts} experts do not divide {d_ff} neurons evenly")
-        self.activation, h = activation, d_ff // num_experts
+        self.activation, h = activation, neurons_per_expert(d_ff, num_experts)
         self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron
         self.b1 = nn.Parameter(torch.zeros(num_experts, h))  # [E, h]
         self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron here too
@@ -297,7 +297,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch: int, device: torch.device | str = "cpu", dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens held; GPT.hidden advances it once all layers have written theirs
+        self.length = 0  # tokens held; GPT.hidden advances it once all blocks have written theirs
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, nh, T, hs]; returns all keys and values of this layer [B, nh, length + T, hs]."""
@@ -382,8 +382,8 @@ class Block(nn.Module):
         normed = self.ln_2(x)
         if inputs is not None:
             inputs.append(normed)
-        y, a = self.mlp(normed, gate)
-        return x + y, [*aux, a]
+        y, own = self.mlp(normed, gate)
+        return x + y, [*aux, own]
 
 
 class GPT(nn.Module):
@@ -486,23 +486,23 @@ def generate(
         yield new, [executed[:, -1:] for executed in aux] if config.num_experts else []
 
 
-def flops_per_token(config: GPTConfig, context: float, executed: list[float] | None = None) -> float:
+def flops_per_token(config: GPTConfig, context: float, counts: list[float] | None = None) -> float:
     """Floating-point operations for one token that attends to `context` tokens: matrix multiplies only (projections,
     attention, feed-forward, routers, LM head); a multiply-add counts as 2.
 
-    executed: for each of model.layers(), the mean number of experts a token executed; the routers then count too. None:
-    the dense model, or the converted one without a gate.
+    counts: for each of model.layers(), the mean number of experts that a token executed; the routers then count too.
+    None: the dense model, or the converted one without a gate.
     """
-    d, layers = config.n_embd, config.n_layer
-    total = 2 * d * config.vocab_size + layers * 2 * (2 * context * d)  # LM head; scores and mixture of values
-    if executed is None:
-        return total + layers * 2 * (4 * d * d + 2 * d * config.d_ff)
+    d, blocks = config.n_embd, config.n_layer
+    total = 2 * d * config.vocab_size + blocks * 2 * (2 * context * d)  # LM head; scores and mixture of values
+    if counts is None:
+        return total + blocks * 2 * (4 * d * d + 2 * d * config.d_ff)
     sizes = [(config.num_experts, config.d_ff, config.router_width)]  # of the layers of one block
     if config.projections == "moe":
         sizes = [(config.projection_experts, config.projection_width, config.projection_router_width)] * 4 + sizes
     else:
-        total += layers * 2 * (4 * d * d)
-    for (E, neurons, width), count in zip(sizes * layers, executed, strict=True):
+        total += blocks * 2 * (4 * d * d)
+    for (E, neurons, width), count in zip(sizes * blocks, counts, strict=True):
         total += 2 * (d * width + width * E) + count / E * 2 * (2 * d * neurons)
     return total
 
@@ -619,7 +619,7 @@ NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
 def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
     """Raises ValueError if a field is missing, or one is set that may change the computation in ways unknown here."""
     if missing := required - given.keys():
-        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}: it is of no format that is known here")
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}: this format is not known here")
     if unknown := sorted(str(k) for k, value in given.items() if k not in allowed and value):
         raise ValueError(f"{what} sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
 
@@ -628,7 +628,7 @@ def check_fields(given: dict, required: set[str], allowed: set[str], what: str) 
 # that is implemented. (What transformers does not read for a GPT-2 changes nothing.)
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 HF_FIXED = {
-    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
     "add_cross_attention": False, "quantization_config": None, "auto_map": None,
 }  # fmt: skip
 GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}  # by (n_layer, n_embd)
@@ -682,7 +682,6 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
         activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")],
         layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
         tie_weights=tied,
-        bias=True,
         penalty="none",
     )
     return {"model": weights, "config": config, "tokenizer": "gpt2" if V == 50257 else None}
@@ -693,7 +692,7 @@ def recognise(raw: dict, source: str | Path) -> dict:
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
-        given = {k: v for k, v in raw["model_args"].items() if k != "dropout"}  # which an evaluation has not
+        given = {k: v for k, v in raw["model_args"].items() if k != "dropout"}  # here nothing is dropped
         check_fields(given, sizes, sizes | {"bias"}, f"{source}, nanoGPT's, in its model_args")
         weights = bare(raw["model"], source)
         config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights}
@@ -741,28 +740,25 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
         return from_gpt2(download(str(source)), None, source)
     if path.is_dir():
         path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
-    if not path.exists():
+    if not path.is_file():  # nor a pipe, which would be waited for
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-        step = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
-        if path.with_name("ckpt.pt").exists():
-            step = f"run convert.py --ckpt {path.parent} first"
-        elif path.with_name("d2dmoe.pt").exists():
-            step = "there is only a conversion; give the folder of the dense model that it was made from"
+        advice = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
+        if path.with_name("ckpt.pt").is_file():
+            advice = f"run convert.py --ckpt {path.parent} first"
+        elif path.with_name("d2dmoe.pt").is_file():
+            advice = "there is only a conversion; give the folder of the dense model that it was made from"
         by_name = ", ".join(GPT2_REPOS)
-        raise FileNotFoundError(f"no checkpoint at {path}: {step}, or check the path (by name: {by_name})")
-    hf_config = path.with_name("config.json")
-    if path.name.endswith(".index.json"):
-        index = read_json(path).get("weight_map")
-        shards = sorted({Path(str(shard)).name for shard in index.values()} if isinstance(index, dict) else ())
-        weights = {k: w for shard in shards for k, w in read_weights(path.with_name(shard)).items()}
-        return from_gpt2(weights, read_json(hf_config), source)
-    raw = read_weights(path)
+        raise FileNotFoundError(f"no checkpoint at {path}: {advice}, or check the path (by name: {by_name})")
+    files, hf_config = [path], path.with_name("config.json")
     try:
-        if path.suffix == ".safetensors" or path.name == "pytorch_model.bin":
-            return from_gpt2(raw, read_json(hf_config) if hf_config.exists() else None, source)
-        return recognise(raw, source)
-    except (AttributeError, IndexError, TypeError, RuntimeError) as error:  # values of types that no such file has
+        if path.name.endswith(".index.json"):  # of a model in several files
+            files = [path.with_name(Path(name).name) for name in sorted(set(read_json(path)["weight_map"].values()))]
+        raw = {k: w for file in files for k, w in read_weights(file).items()}
+        if path.name not in HF_WEIGHTS and path.suffix != ".safetensors":
+            return recognise(raw, source)
+        return from_gpt2(raw, read_json(hf_config) if hf_config.exists() else None, source)
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:  # types that no such file has
         raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
 
 

@@ -7,11 +7,10 @@ For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of exper
     masked_ffn    compute all experts, then zero the unselected ones: the reference; differentiable
     dense_ffn     the same without gradients, for masks of which too little can be skipped
     sampled_ffn   a few tokens on a CPU: read only the selected rows of both weight matrices, where they lie
-    looped_ffn    one token on a CPU, a few small experts: a plain loop
     grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
     triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
 
-`linear` is F.linear, faster on a CPU for a few rows; the whole model uses it, dense or converted.
+`linear` is F.linear, faster on a CPU for a few rows; every linear layer uses it, of the dense model too.
 
 Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons per expert;
 x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d] (a row is a neuron, in both matrices), executed [N, E] bool.
@@ -66,12 +65,12 @@ def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 FEW_ROWS = 16  # with more, one large matmul is as good
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: now
+    warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: here, unheard
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, x [..., in] -> [..., out], for every projection of the model. Generating text multiplies one row by all
+    """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all
     weights, which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's
     own sampled_addmm, asked for every entry, reads faster; for a few rows a batch of four uses several threads."""
     if not reading_is_slow(x, weight):
@@ -119,7 +118,7 @@ def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch without gradients: dense, and three ways to skip
+# PyTorch without gradients: dense, and two ways to skip
 
 
 def activate_(z: Tensor, activation: str) -> Tensor:
@@ -128,7 +127,7 @@ def activate_(z: Tensor, activation: str) -> Tensor:
 
 
 def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """masked_ffn without gradients, as fast as the dense layer; executed is None where every expert runs."""
+    """masked_ffn without gradients, in place; executed is None where every expert runs."""
     (N, d), (E, h, _) = x.shape, w1.shape
     a = activate_(linear(x, w1.flatten(0, 1), b1.flatten()), activation)  # [N, E*h]
     if executed is not None:
@@ -139,7 +138,7 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     w2 = w2.flatten(0, 1)  # [E*h, d]
     if E * h % 4 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
-    if N == 1 and w2.numel() <= 1 << 20:  # the faster reader of the two, of a small matrix
+    if N == 1:  # embedding_bag reads faster than bmm
         quarters = torch.arange(E * h).view(4, -1)  # [4, E*h/4]
         y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4, -1))  # [4, d]
         return y.sum(0, keepdim=True)  # [1, d]
@@ -147,14 +146,12 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     return torch.bmm(a4, w4).sum(0)  # [4, N, d] -> [N, d]
 
 
-def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
     """A few tokens. Their cost is reading weights, so only the selected neurons' are read, and where they lie: of x
     W1^T the selected entries are computed, then the selected rows of W2 are added up, weighted by the activations."""
     (N, d), (E, h, _) = x.shape, w1.shape
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
-    if executed is None:
-        executed = x.new_ones(N, E, dtype=torch.bool)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
     neurons = (experts.unsqueeze(1) * h + torch.arange(h)).flatten()  # [pairs*h], rows of w1 and w2 seen as [E*h, d]
     if N == 1:  # four equal rows, as in `linear`
@@ -169,19 +166,8 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor 
     return y.sum(0, keepdim=True) if N == 1 else y  # [N, d]
 
 
-def looped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, experts: list[int], activation: str) -> Tensor:
-    """One token, x [1, d], on one thread."""
-    y = torch.zeros_like(x[0])  # [d]
-    for e in experts:
-        a = activate_(torch.addmv(b1[e], w1[e], x[0]), activation)  # [h]
-        y = torch.addmv(y, w2[e].t(), a)  # [d]
-    return y.unsqueeze(0)  # [1, d]
-
-
-def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
+def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
     """Every expert runs on its own tokens: per expert one gather, two matmuls, one scatter-add."""
-    if executed is None:
-        return dense_ffn(x, w1, b1, w2, None, activation)  # all tokens are every expert's own
     y = torch.zeros_like(x)
     counts = executed.sum(0).tolist()  # n_e, tokens of each expert
     for e, tokens in enumerate(executed.t().nonzero()[:, 1].split(counts)):  # [n_e]
@@ -456,9 +442,9 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 # Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
 # nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
-DENSE_CALLS, SAMPLED_CALLS, LOOPED_CALLS = 1.2e6, 2.7e6, 0.5e6  # 25 us, 55 us, and 10 us per expert
+DENSE_CALLS, SAMPLED_CALLS = 1.2e6, 2e6  # 25 us, 40 us
 GROUPED_CALLS, GROUPED_ROW = 0.9e6, 5e3  # 18 us per expert, and 0.1 us for every token of it
-READ, READ_SAMPLED, READ_LOOPED, READ_GROUPED = 12, 13, 29, 60  # fetching a pair of weights from memory
+READ, READ_SAMPLED, READ_GROUPED = 12, 13, 60  # fetching a pair of weights from memory
 
 
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
@@ -470,10 +456,7 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
         executed = None
     dense = DENSE_CALLS + E * h * d * (READ + N)
     sampled = SAMPLED_CALLS + pairs * h * d * READ_SAMPLED
-    looped = pairs * (LOOPED_CALLS + h * d * READ_LOOPED)
     grouped = pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED)
-    if N == 1 and executed is not None and looped < min(dense, sampled):
-        return looped_ffn(x, w1, b1, w2, [e for e in range(E) if counts[e]], activation)
     if N > 1 and executed is not None and grouped < min(dense, sampled):
         return grouped_ffn(x, w1, b1, w2, executed, activation)
     # sampled_addmm takes float32 and float64, and contiguous weights are seen as [E*h, d]
@@ -510,21 +493,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def check(device: str) -> None:
     """Every path of this device against float64 on odd shapes; prints the largest errors, raises if one is too big."""
-
-    def one_by_one(x, w1, b1, w2, executed, activation):
-        return looped_ffn(x, w1, b1, w2, executed[0].nonzero()[:, 0].tolist(), activation)
-
     paths = {"masked_ffn": masked_ffn, "dense_ffn": dense_ffn, "grouped_ffn": grouped_ffn, "expert_ffn": expert_ffn}
-    paths |= {"sampled_ffn": sampled_ffn, "looped_ffn": one_by_one} if device == "cpu" else {"triton_ffn": triton_ffn}
+    paths |= {"sampled_ffn": sampled_ffn} if device == "cpu" else {"triton_ffn": triton_ffn}
     worst = {}
     for dtype, activation in itertools.product([torch.float32] if device == "cpu" else TOLERANCE, ACTIVATIONS):
         for N, d, E, h in ((0, 64, 4, 16), (1, 64, 1, 48), (1, 768, 48, 64), (17, 100, 5, 24), (300, 256, 8, 100)):
             layer = random_layer(N, d, E, h, dtype, device)
             for share, (name, path) in itertools.product((0.0, 0.3, 1.0), paths.items()):
                 executed = torch.rand(N, E, device=device) < share
-                if name != "looped_ffn" or N == 1:
-                    error = relative_error(path(*layer, executed, activation), layer, executed, activation)
-                    worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
+                error = relative_error(path(*layer, executed, activation), layer, executed, activation)
+                worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
     for (name, dtype), error in worst.items():
         print(f"check {name:11} {str(dtype).removeprefix('torch.'):9} largest relative error {error:.1e}")
         if not error <= TOLERANCE[dtype]:
@@ -546,7 +524,7 @@ def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]
     return [statistics.median(t for i, t in enumerate(seconds) if i % 4) for seconds in times]
 
 
-def dense(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+def dense_layer(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     """What every table compares with: w1 [d_ff, d], w2 [d, d_ff], through the linear layer that the model uses"""
     return linear(F.relu(linear(x, w1, b1), inplace=True), w2)
 
@@ -555,14 +533,14 @@ CACHE_BYTES = 128 << 20  # more than the last-level cache of most CPUs
 
 
 def benchmark(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int], repeats: int = 25):
-    """Times the layer with experts and the dense one; yields (N, masks, seconds dense, seconds ours)."""
+    """Times the layer with experts and the dense one; yields (N, executed share, seconds dense, seconds ours)."""
     weight_bytes = 2 * E * h * d * torch.finfo(dtype).bits / 8
     # rotated, so that no call finds its weights in a cache
     sets = max(8, math.ceil(2 * CACHE_BYTES / weight_bytes)) if device == "cpu" else 1
     layers = [random_layer(1, d, E, h, dtype, device)[1:] for _ in range(sets)]
     dense_layers = [(w1.flatten(0, 1), b1.flatten(), w2.flatten(0, 1).t().contiguous()) for w1, b1, w2 in layers]
     # dynamic=False, or dynamo compiles the second shape with symbolic sizes, which is slower
-    run_dense = dense if device == "cpu" else torch.compile(dense, dynamic=False)
+    run_dense = dense_layer if device == "cpu" else torch.compile(dense_layer, dynamic=False)
     for N, share in itertools.product(tokens, (1.0, 0.5, 0.25, 0.1)):
         x = torch.randn(N, d, device=device).to(dtype)
         # More masks than sets, or the few experts that one token selects would stay in the cache.
@@ -572,33 +550,16 @@ def benchmark(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: l
             # half a turn behind, or it would find the weights that the dense layer has just read
             lambda i: expert_ffn(x, *layers[(i + sets // 2) % sets], masks[i % len(masks)], "relu"),
         ]
-        yield N, masks[:sets], *median_times(runs, max(2, repeats // (1 + N // 100)), device)
-
-
-def measured_ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Bytes a second of a copy (read + write) and FLOPs a second of a square matmul, on this GPU now"""
-    source, a = torch.randn(1 << 28, device=device), torch.randn(8192, 8192, device=device).to(dtype)
-    target = torch.empty_like(source)
-    copy, matmul = median_times([lambda _: target.copy_(source), lambda _: a @ a], 5, device)
-    return 2 * source.nbytes / copy, 2 * 8192**3 / matmul
+        executed = masks[0].float().mean().item()
+        yield N, executed, *median_times(runs, max(2, repeats // (1 + N // 100)), device)
 
 
 def print_layer(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int]) -> None:
-    """A table of one layer; on a GPU with the share of what memory or arithmetic would allow"""
-    on_gpu = device != "cpu"
-    if on_gpu:
-        bandwidth, rate = measured_ceilings(dtype, device)
-        print(f"copy {bandwidth / 1e12:.2f} TB/s, {dtype} matmul {rate / 1e12:.0f} TFLOP/s")
+    """A table of one layer"""
     print(f"d {d}, d_ff {E * h}, {E} experts of {h}, {str(dtype).removeprefix('torch.')}")
-    print("tokens executed   dense ms    ours ms  speed-up" + ("  roofline" if on_gpu else ""))
-    for N, masks, t_dense, t_ours in benchmark(device, dtype, d, E, h, tokens):
-        share = statistics.mean(m.float().mean().item() for m in masks)
-        line = f"{N:6d} {share:8.1%} {t_dense * 1e3:10.3f} {t_ours * 1e3:10.3f} {t_dense / t_ours:8.2f}x"
-        if on_gpu:
-            weights, used = 2 * E * h * d, masks[0].any(0).float().mean().item()
-            floor = max(used * weights * torch.finfo(dtype).bits / 8 / bandwidth, share * N * 2 * weights / rate)
-            line += f" {floor / t_ours:8.1%}"
-        print(line, flush=True)
+    print("tokens executed   dense ms    ours ms  speed-up")
+    for N, share, t_dense, t_ours in benchmark(device, dtype, d, E, h, tokens):
+        print(f"{N:6d} {share:8.1%} {t_dense * 1e3:10.3f} {t_ours * 1e3:10.3f} {t_dense / t_ours:8.2f}x", flush=True)
 
 
 def print_sizes(sizes: list[int]) -> None:

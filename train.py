@@ -6,7 +6,7 @@
     python train.py --preset gpt2 --init gpt2 --data openwebtext/       make GPT-2 sparse
     torchrun --nproc_per_node=8 train.py ...            the same global batch, on eight GPUs
 
-The way of the data: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
+Data flow: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
 reads beside the two token files.
 
 The recipe is main's loop: loss = cross entropy + alpha * the mean of the layers' sparsity penalties. Before it stand
@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, Gate, GPTConfig, atomic_write, build_model, keep_previous, load_checkpoint, save_checkpoint,
-    square_hoyer,
+    GPT, GPT2_REPOS, PENALTIES, Gate, GPTConfig, atomic_write, build_model, keep_previous, load_checkpoint,
+    save_checkpoint, square_hoyer,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
@@ -124,7 +124,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--no_bias", dest="bias", action="store_false", help="no biases in linear layers and layer norms")
     add("--activation", choices=ACTIVATIONS, default="relu", help="with --init it may differ: ReLUfication")
     add = parser.add_argument_group("sparsity").add_argument
-    add("--penalty", choices=("hoyer", "l1", "none"), default="hoyer", help="on feed-forward activations")
+    add("--penalty", choices=PENALTIES, default="hoyer", help="on feed-forward activations")
     add("--alpha", type=size, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for ReLU and"
         " 5e-5 for GELU")  # fmt: skip
     add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which the weight grows"
@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
     add("--weight_decay", type=size, default=0.1, help="of matrices and embeddings")
     add("--beta2", type=number(float, 0, 0.999999), default=0.95, help="AdamW's; beta1 is 0.9")
-    add("--grad_clip", type=size, default=1.0, help="largest norm of the gradient, 0 for any")
+    add("--grad_clip", type=size, default=1.0, help="largest norm of the gradient; 0: no clipping")
     add = add_system_options(parser).add_argument
     add("--eval_every", type=count, default=100, help="steps between evaluations; each one saves")
     add("--eval_windows", type=count, default=256, help="windows of held-out text per evaluation")
@@ -192,8 +192,8 @@ def draw_offsets(length: int, sequences: int, block_size: int, seed: int, step: 
 def take_windows(
     tokens: np.ndarray, offsets: Tensor, block_size: int, vocab_size: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] int64, the windows that start at offsets [B]. Raises ValueError for a token outside the
-    vocabulary."""
+    """Inputs and targets [B, T] int64 of the windows that start at offsets [B]. Raises ValueError for a token outside
+    of the vocabulary."""
     windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
     if windows.max() >= vocab_size:
         raise ValueError(f"token {windows.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
@@ -232,32 +232,36 @@ class Batches:
 # Evaluation
 
 
+def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evenly spaced windows: inputs and targets [B, T], B such that logits take 256 MB at most. Raises ValueError if
+    windows or batch_size is below 1, or there are fewer tokens than one context."""
+    T, V = model.config.block_size, model.config.vocab_size
+    last = len(tokens) - T - 1
+    if windows < 1 or batch_size < 1 or last < 0:
+        raise ValueError(f"evaluation needs windows and batch_size of 1 or more, and {T + 1} tokens")
+    offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24
+    for some in offsets.split(max(1, min(batch_size, 2**26 // (T * V)))):
+        yield take_windows(tokens, some, T, V, model.lm_head.weight.device)
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate | None = None,
     autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
     """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the
-    number of experts that every token executed, [windows * T] (no entries for a dense model).
-
-    Raises ValueError if windows or batch_size is below 1, or there are fewer tokens than one context.
-    """
-    config, device, training = model.config, model.lm_head.weight.device, model.training
-    last = len(tokens) - config.block_size - 1
-    if windows < 1 or batch_size < 1 or last < 0:
-        raise ValueError(f"evaluation needs a window, a sequence at once and {config.block_size + 1} tokens, or more")
-    offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24
-    batch_size = max(1, min(batch_size, 2**26 // (config.block_size * config.vocab_size)))  # logits of 256 MB at most
-    total, executed = 0.0, []
+    number of experts that every token executed, [windows * T] (no entries for a dense model). Raises ValueError."""
+    training, total, predicted, counts = model.training, 0.0, 0, []
     model.eval()
-    for chunk in offsets.split(batch_size):
-        x, y = take_windows(tokens, chunk, config.block_size, config.vocab_size, device)
+    for x, y in held_out(model, tokens, windows, batch_size):
         with autocast:
             logits, aux = model(x, gate)  # [B, T, V]
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        executed.append([a.sum(-1).flatten().cpu() for a in aux] if config.num_experts else [])  # [B, T, E] -> [B*T]
+        predicted += y.numel()
+        if model.config.num_experts:
+            counts.append([executed.sum(-1).flatten().cpu() for executed in aux])  # [B, T, E] -> [B*T]
     model.train(training)
-    return total / (len(offsets) * config.block_size), [torch.cat(parts) for parts in zip(*executed)]
+    return total / predicted, [torch.cat(parts) for parts in zip(*counts)]
 
 
 @torch.no_grad()
@@ -281,13 +285,21 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float 
     """Linear warm-up to `peak`, then a cosine down to `final` of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    progress = (step - warmup) / (steps - warmup)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def penalty_weight(step: int, steps: int, alpha: float, ramp: float = 0.5) -> float:
     """Linear from 0 to alpha over the first `ramp` of training, then constant; ramp 0: constant from the start."""
     return alpha * min(1.0, step / (ramp * steps)) if ramp else alpha
+
+
+def training_loss(model: Callable, x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy + alpha * mean over layers of the sparsity penalty (section 3.1 of the paper), for tokens x and the
+    tokens y that follow them, [B, T] each; and the cross entropy alone, in nats per token. Two scalars."""
+    logits, penalties = model(x)  # [B, T, V], one scalar a layer
+    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+    return cross_entropy + alpha * torch.stack(penalties).mean(), cross_entropy
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -352,10 +364,10 @@ def main(argv: list[str] | None = None) -> int:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
     say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)")
-    say("zeros: share of activations that are zero; active: effective number of active neurons per layer, square Hoyer")
+    say("loss, val loss: cross entropy in nats per token; zeros: share of activations that are zero;")
+    say("active: effective number of active neurons per layer (square Hoyer)")
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
-    spread = torch.linspace(0, len(val_tokens) - config.block_size - 1, 16, dtype=torch.float64).long()
-    probe, _ = take_windows(val_tokens, spread, config.block_size, config.vocab_size, device)  # held-out [16, T]
+    probe, _ = next(held_out(model, val_tokens, windows=16))  # [B, T]
     losses, clock, since = [], time.perf_counter(), first
     with noted_signals() as stop:
         upcoming = batches[first]
@@ -367,13 +379,11 @@ def main(argv: list[str] | None = None) -> int:
             for i, (x, y) in enumerate(current):
                 synchronize = world == 1 or i == len(current) - 1  # gradients are averaged over processes once per step
                 with contextlib.nullcontext() if synchronize else step_model.no_sync(), autocast:
-                    logits, penalties = step_model(x)
-                    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-                    loss = cross_entropy + alpha * torch.stack(penalties).mean()  # section 3.1 of the paper
-                    # This piece's weight in the mean over the step's sequences; times world, by which DDP divides.
-                    share = len(x) * world / batches.sequences
-                    (share * loss).backward()
-                total += share * cross_entropy.detach()
+                    loss, cross_entropy = training_loss(step_model, x, y, alpha)
+                    # This piece's part in the mean over the step's sequences; times world, by which DDP divides.
+                    weight = len(x) * world / batches.sequences
+                    (weight * loss).backward()
+                total += weight * cross_entropy.detach()
             upcoming = batches[step + 1] if step + 1 < args.steps else []  # read and queued while a GPU computes
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
             state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])
@@ -395,8 +405,8 @@ def main(argv: list[str] | None = None) -> int:
                 save(done)
                 rate = (done - since) * batches.sequences * config.block_size / seconds
                 left = int((time.perf_counter() - clock) / (done - since) * (args.steps - done))
-                loss = sum(losses) / len(losses)
-                say(f"{done:6d} {loss:7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
+                train_loss = sum(losses) / len(losses)
+                say(f"{done:6d} {train_loss:7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
                     f"{left // 60:3d}m{left % 60:02d}s")  # fmt: skip
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
@@ -455,10 +465,8 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict, args: argpa
         if type(step) is not int:
             raise TypeError(f"step {step!r}")
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            fits = state[i]["step"].shape == ()
-            for m in (state[i]["exp_avg"], state[i]["exp_avg_sq"]):  # AdamW would write past the end of a smaller one
-                fits &= (m.shape, m.stride(), m.dtype) == (p.shape, p.stride(), p.dtype)
-            if not fits:
+            own = [(m.shape, m.stride(), m.dtype) for m in (state[i]["exp_avg"], state[i]["exp_avg_sq"])]
+            if state[i]["step"].shape or own != 2 * [(p.shape, p.stride(), p.dtype)]:  # or it is written past their end
                 raise ValueError(f"the moments of parameter {i} have another shape")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         last_lr = float(checkpoint["optimizer"]["param_groups"][0]["lr"])
@@ -560,7 +568,8 @@ def as_text(content: bytes) -> str | None:
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cut before a newline that a word follows, where GPT-2's tokenizer splits anyway: the tokens do not change."""
+    """Cut before a newline that a word follows, where GPT-2's tokenizer splits anyway: the tokens do not change. (If
+    there is none in a megabyte, it is cut all the same.)"""
     start, boundary = 0, re.compile(r"\n(?=\S)")
     while len(text) - start > size:
         cut = boundary.search(text, start + size, start + 2 * size)
@@ -608,8 +617,8 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
         raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
     with open(path, "rb") as f:
         start = f.read(1 << 22)
-    numpys, llm_cs = start[:6] == b"\x93NUMPY", start[:4] == (20240520).to_bytes(4, "little")
-    if path.stat().st_size % 2 or numpys or llm_cs:
+    header = start[:6] == b"\x93NUMPY" or start[:4] == (20240520).to_bytes(4, "little")  # numpy's, llm.c's
+    if header or path.stat().st_size % 2:
         raise ValueError(f"{path} is not a plain file of uint16 tokens, as nanoGPT's: it has a header or an odd size")
     if start and as_text(start) is not None:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
