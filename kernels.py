@@ -153,9 +153,10 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    neurons = (experts.unsqueeze(1) * h + torch.arange(h)).flatten()  # [pairs*h], rows of w1 and w2 seen as [E*h, d]
+    rows = torch.arange(E * h).view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
+    neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
     if N == 1:  # four equal rows, as in `linear`
-        x, ends = x.expand(4, d), torch.arange(5) * len(neurons) // 4  # [5]
+        x, ends = x.expand(4, d), torch.tensor([len(neurons) * i // 4 for i in range(5)])  # [4, d], [5]
     else:
         ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
