@@ -309,26 +309,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     if args.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or leave --compile out")
-    with rank_zero_first():
-        resuming, source = args.init == "resume", args.out if args.init == "resume" else args.init
-        data = args.data or (str(args.out) if resuming else "stdlib")
-        if (args.out / "train.bin").exists() and not any((args.out / name).exists() for name in (".lock", "ckpt.pt")):
-            if (Path(data).expanduser() / "train.bin").resolve() != (args.out / "train.bin").resolve():
-                raise ValueError(f"{args.out} holds tokens of no run: choose another --out, or give them as --data")
-        lock = claim(args.out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None  # noqa: F841 held to the end
-        checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
-        base = build_model(checkpoint, source) if checkpoint else None
-        folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, args.out)
-        model = initial_model(args, chosen, base, tokenizer)
-        config = model.config
-        train_tokens, val_tokens = open_tokens(folder, config.block_size, config.vocab_size)
-        if rank == 0:
-            link_tokens(folder, args.out)
-    text = fingerprint(train_tokens, val_tokens)
-    if resuming and text != checkpoint.get("text"):
-        if args.data is None:
-            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
-        say("warning: this is not the text of the run so far, which may have been trained on what is held out now")
+    with rank_zero_first():  # the lock is held for as long as it has a name
+        model, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, chosen, rank)
+    config, text = model.config, fingerprint(train_tokens, val_tokens)
     batches = Batches(
         train_tokens, config, args.steps, args.batch_size * args.grad_accum, args.seed, device, at_once=args.batch_size
     )
@@ -340,13 +323,13 @@ def main(argv: list[str] | None = None) -> int:
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, args.beta2), fused=True,
     )  # fmt: skip
-    first = load_moments(optimizer, checkpoint, args) if resuming else 0
+    first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
     checkpoint = {}  # its weights and moments have been copied
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    replaces = not resuming and (args.out / "ckpt.pt").exists()  # an earlier run's model
+    replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()  # an earlier run's model
 
     def save(step: int) -> None:
         nonlocal replaces
@@ -427,6 +410,31 @@ def check_finite(step: int, *values: float) -> None:
             f"step {step}: loss, gradient or weights are not finite; nothing was saved since the last evaluation: try "
             "a lower --lr, a longer --warmup or --dtype float32, then --init resume"
         )
+
+
+def open_run(
+    args: argparse.Namespace, chosen: dict, rank: int
+) -> tuple[GPT, np.ndarray, np.ndarray, str | None, dict, BinaryIO | None]:
+    """What a run starts from: the model, training and held-out tokens, the tokenizer's name (None if unknown), and the
+    checkpoint ({} if none); and the lock of the folder, to be held to the end. Raises ValueError or OSError."""
+    resuming, source = args.init == "resume", args.out if args.init == "resume" else args.init
+    data = args.data or (str(args.out) if resuming else "stdlib")
+    if (args.out / "train.bin").exists() and not any((args.out / name).exists() for name in (".lock", "ckpt.pt")):
+        if (Path(data).expanduser() / "train.bin").resolve() != (args.out / "train.bin").resolve():
+            raise ValueError(f"{args.out} holds tokens of no run: choose another --out, or give them as --data")
+    lock = claim(args.out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None
+    checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
+    base = build_model(checkpoint, source) if checkpoint else None
+    folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, args.out)
+    model = initial_model(args, chosen, base, tokenizer)
+    tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
+    if rank == 0:
+        link_tokens(folder, args.out)
+    if resuming and fingerprint(*tokens) != checkpoint.get("text"):
+        if args.data is None:
+            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
+        say("warning: this is not the text of the run so far, which may have been trained on what is held out now")
+    return model, *tokens, tokenizer, checkpoint, lock
 
 
 def initial_model(args: argparse.Namespace, chosen: dict, base: GPT | None, tokenizer: str | None) -> GPT:
