@@ -348,7 +348,7 @@ FLOAT32 = {
 def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """On a GPU, float32, bfloat16 or float16, accumulated in float32 and equal bit for bit from run to run.
 
-    Nothing is copied to the host, so it can be captured in a CUDA graph. float32 is IEEE arithmetic unless torch's own
+    The host never looks at the mask, so it need not wait for the GPU. float32 is IEEE arithmetic unless torch's own
     setting allows TF32. Has no gradient.
     """
     (N, d), h = x.shape, w1.shape[1]

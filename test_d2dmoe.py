@@ -471,7 +471,7 @@ def test_the_benchmark_checks_first_and_then_measures(capsys, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_this_gpu():
-    """float64 reference, equal bits, no synchronization, and CUDA graphs that replay on other masks"""
+    """float64 reference, equal bits, no synchronization"""
     code = """
 import torch, kernels as k
 k.check("cuda")
@@ -483,13 +483,6 @@ for N in (1, 16, 300):
     torch.cuda.set_sync_debug_mode("error")
     k.triton_ffn(*layer, mask, "relu")
     torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = k.triton_ffn(*layer, mask, "relu")
-    for share in (0.1, 0.9):
-        mask.copy_(k.random_mask(N, 8, share, "cuda"))
-        graph.replay()
-        assert k.relative_error(y, layer, mask, "relu") < 1e-2
 """
     output_of(start("-c", code, env={"TRITON_INTERPRET": "0"}))
 
