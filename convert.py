@@ -546,7 +546,7 @@ def export_gpt2(model: GPT, folder: Path) -> None:
     Raises ValueError for a converted model and for a folder that holds one already, OSError."""
     if model.config.num_experts or model.config.projections != "linear":
         raise ValueError("only a dense model can be exported as a GPT-2")
-    if any((folder / name).exists() for name in ("config.json", *HF_WEIGHTS)):
+    if any((folder / name).exists() for name in ("config.json", *HF_WEIGHTS, "ckpt.pt", "d2dmoe.pt")):
         raise ValueError(f"{folder} holds a model already: --export takes a new folder")
     c, weights = model.config, {}
     for name, w in model.state_dict().items():
@@ -727,6 +727,8 @@ def main(argv: list[str] | None = None) -> None:
     print_read_off(points, dense_loss)
     about = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {args.eval_windows} windows"
     points = [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": about} for p in points]
+    if any(table[0]["text"] != about for table in tables):
+        say("warning: not all of --compare were measured on this text and as many windows")
     write_table(out / "cost_vs_loss.csv", points)
     try:
         draw(out / "cost_vs_loss.png", [points, *tables])
@@ -734,7 +736,8 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         wrote = f"{out}/cost_vs_loss.csv (pip install matplotlib draws it)"
     say(f"\nwrote {wrote} in {time.perf_counter() - start:.0f} s")
-    if device.type == "cpu" and not any(p["time"] <= 0.95 for p in points):  # nan, which is not timed, is not below
+    useful = [p for p in points if p["executed"] < 1 and p["loss"] < 1.02 * dense_loss]
+    if device.type == "cpu" and not any(p["time"] <= 0.95 for p in useful):  # nan, which is not timed, is not below
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
     if tokenizer and moe.config.router == "norm":
         say(f"now: python sample.py --ckpt {out} --tau 0.95")

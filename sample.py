@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -48,12 +49,10 @@ def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens:
 
 
 def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[int]) -> None:
-    """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ValueError,
-    OSError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ImportError without
+    matplotlib, OSError."""
+    from matplotlib.figure import Figure
+
     tokens, counts = tokens[:60], counts[:60]
     share = [[row[layer] / E for row in counts] for layer, E in enumerate(experts)]  # [layers][tokens]
     figure = Figure(figsize=(8.3, max(1.6, 0.9 + 0.25 * len(experts))), layout="constrained")
@@ -107,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     experts = [len(layer.w1) for layer in model.layers()] if config.num_experts else []
     if args.picture and not experts:
         raise ValueError(f"--picture shows experts, and {args.ckpt} is a dense model: convert it first")
+    if args.picture and find_spec("matplotlib") is None:
+        raise ValueError("--picture needs matplotlib: pip install matplotlib")
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     end = tokenizer.eot_token if "<|endoftext|>" in tokenizer.special_tokens_set else -1
     prompt = encode(tokenizer, text)[-config.block_size :] or [max(end, 0)]  # longer ones are cut as generate does

@@ -1995,10 +1995,11 @@ def test_a_picture_of_tokens_by_layers(trained, capsys, tmp_path, monkeypatch):
     drawn, path, picture = [], speaking(tmp_path / "d2dmoe.pt", 256), ["--picture", tmp_path / "q.png"]
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", lambda _, texts, counts, experts: drawn.append([len(texts), len(counts)]))
+        patch.setattr(sample, "find_spec", lambda _: True)  # requirements.txt leaves matplotlib out
         sampled(capsys, path, *picture, "--num_samples", 2)  # ends at once, both times
         sampled(capsys, path, *picture, "--num_samples", 2, "--ignore_end")
     assert drawn == [[0, 0], [8, 8]]  # the first text alone
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(sample.main, "--ckpt", path, *picture, "--device", "cpu")
     assert "is a dense model" in refused(sample.main, "--ckpt", trained / "ckpt.pt", *picture, "--device", "cpu")
 
@@ -2086,7 +2087,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}: run train.py first"),
-        (train.main, ["--init", "resume", "--out", bare], "val.bin are missing: give their folder"),
+        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", tmp_path / "nowhere.pt"], "no checkpoint at"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "does not tell its tokens: add --tokenizer"),
@@ -2107,6 +2108,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (sample.main, ["--ckpt", tmp_path / "bins"], "no checkpoint at"),
         (sample.main, ["--device", "cuda:77"], "cuda:77 cannot be used here"),
         (sample.main, ["--temperature", 1e-40], "--temperature must be 0 or at least 0.001"),
+        (convert.main, ["--tau", 0.5], "unrecognized arguments: --tau"),  # not --taus, which would start a conversion
     ):
         line = refused(main, *arguments)
         assert message in line, f"{arguments}: {line}"

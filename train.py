@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, *examples: str):
         epilog = "\n  ".join(("examples:", *(f"python {prog} {example}" for example in examples)))
-        super().__init__(prog, description=description, epilog=epilog, formatter_class=Help)
+        super().__init__(prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise ValueError(f"{message} (see python {self.prog} --help)")
@@ -672,7 +672,7 @@ def prepare_tokens(
     if encoded:
         return folder, tokenizer
     if folder == out:
-        raise FileNotFoundError(f"{out}/train.bin and val.bin are missing: give their folder, or text, as --data")
+        raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     if tokenizer is None and model is not None:
         raise ValueError("the checkpoint does not tell its tokens: add --tokenizer, or --data with its .bin files")
     tokenizer = tokenizer or "bytes"
