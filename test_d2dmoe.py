@@ -2444,10 +2444,12 @@ def test_the_readmes_python_runs_in_a_notebook(trained, capsys):
     assert names["top_mass"](norms, 0.8).tolist() == [[True, False, True, False], [False, False, False, True]]
 
 
-def test_the_readmes_commands_have_options_that_exist():
+def test_the_readmes_commands_have_options_that_exist_and_its_pictures_are_there():
     text = (HERE / "README.md").read_text(encoding="utf-8").replace(" && ", "\n")
     commands = re.findall(r"^(?:torchrun \S+ |python )(train|convert|sample)\.py([^#\n]*)", text, flags=re.MULTILINE)
     assert len(commands) >= 12
     for name, rest in commands:
         if "resume" not in rest:
             {"train": train, "convert": convert, "sample": sample}[name].parse_arguments(shlex.split(rest))
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, flags=re.MULTILINE)
+    assert len(pictures) == 3 and all((HERE / picture).is_file() for picture in pictures)
