@@ -521,11 +521,13 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
                 curves.append((points, name.replace("$", r"\$"), own))
     for i, (points, name, own) in enumerate(curves):
         color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if own else "#888888"
-        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.8)
-        height = 8.8 - 2.2 * i  # of the label: another one for each curve, so that none covers another
-        x, y = min(points, key=lambda p: abs(p[1] - height))
-        label = axes.annotate(name, (x, y), (8, 2), textcoords="offset points", color=color, fontsize=11)
-        label.set_bbox(dict(facecolor="white", edgecolor="none", pad=1))  # where it crosses another curve
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color=color, markersize=3, linewidth=1.8)
+        height = 9 - 1.3 * i  # labels stand one below the other, with a line to where the curve has this loss
+        tip = np.interp(height, y[::-1], x[::-1]), min(height, max(y))
+        line = dict(arrowstyle="-", color=color, linewidth=0.6)
+        place = dict(xytext=(0.55, height), textcoords=("axes fraction", "data"), va="center")
+        axes.annotate(name, tip, **place, color=color, fontsize=11, arrowprops=line)
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
     lowest = min(y for points, _, _ in curves for _, y in points)

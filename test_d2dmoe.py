@@ -2157,7 +2157,7 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
         return line
 
     for name, wrong in {
-        "arguments": (None, 3, ["--steps=30", 5], ["--lr=nan"], ["--lr"], ["stray"], ["--bogus=1"], ["--help"]),
+        "arguments": (None, 3, ["--steps=30", 5], ["--lr=nan"], ["--lr"], ["stray"], ["--bogus=1"], ["--help"], ["--da=x"]),
         "step": (-1, "x", None, math.inf, math.nan, torch.zeros(3)),
         "text": (None, torch.zeros(3)),
         "tokenizer": (3, ["bytes"]),
@@ -2178,7 +2178,7 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
             line = refusal(good)
             assert "cannot be resumed" in line and f"use it with --init {tmp_path}/ckpt.pt" in line
         moments[name] = right
-    elsewhere = [f"--out={tmp_path}/elsewhere", f"--da={tmp_path}/elsewhere", "--init=scratch", "--device=toaster"]
+    elsewhere = [f"--out={tmp_path}/elsewhere", f"--data={tmp_path}/elsewhere", "--init=scratch", "--device=toaster"]
     torch.save(good | {"arguments": good["arguments"] + elsewhere}, tmp_path / "ckpt.pt")
     run(*resume)  # no path is taken from it
     assert saved(tmp_path)["step"] == 40 and not (tmp_path / "elsewhere").exists()
