@@ -2157,7 +2157,7 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
         return line
 
     for name, wrong in {
-        "arguments": (None, 3, ["--steps=30", 5], ["--lr=nan"], ["--lr"], ["stray"], ["--bogus=1"], ["--help"], ["--da=x"]),
+        "arguments": (None, 3, ["--steps=30", 5], ["--lr=nan"], ["--lr"], ["stray"], ["--da=x"], ["--help"]),
         "step": (-1, "x", None, math.inf, math.nan, torch.zeros(3)),
         "text": (None, torch.zeros(3)),
         "tokenizer": (3, ["bytes"]),
