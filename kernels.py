@@ -6,7 +6,7 @@ For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of exper
 
     masked_ffn    compute all experts, then zero the unselected ones: the reference; differentiable
     dense_ffn     the same without gradients, for masks of which too little can be skipped
-    sampled_ffn   a few tokens on a CPU: read only the selected rows of both weight matrices, where they lie
+    sampled_ffn   few tokens or small experts on a CPU: read only the selected rows of both matrices, where they lie
     grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
     triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
 
@@ -147,8 +147,9 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
 
 
 def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    """A few tokens. Their cost is reading weights, so only the selected neurons' are read, and where they lie: of x
-    W1^T the selected entries are computed, then the selected rows of W2 are added up, weighted by the activations."""
+    """Only the selected neurons' weights are read, where they lie: of x W1^T the selected entries are computed, then
+    the selected rows of W2 are added up, weighted by the activations. Reading is most of the cost of a few tokens; for
+    many it pays where experts are so small or rare that grouping costs more."""
     (N, d), (E, h, _) = x.shape, w1.shape
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
@@ -443,22 +444,23 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 # Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
 # nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
-DENSE_CALLS, SAMPLED_CALLS = 1.2e6, 2e6  # 25 us, 40 us
-GROUPED_CALLS, GROUPED_ROW = 0.9e6, 5e3  # 18 us per expert, and 0.1 us for every token of it
-READ, READ_SAMPLED, READ_GROUPED = 12, 13, 60  # fetching a pair of weights from memory
+DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 1.4e6  # 25 us, 40 us, and 28 us per expert in use
+GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
+READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once
+SAMPLED = 2.4  # a multiply-add of sampled_ffn, which does not reuse a row of weights for several tokens
 
 
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """expert_ffn on a CPU without gradients: estimates what each path would take and runs the fastest."""
     (N, _), (E, h, d) = x.shape, w1.shape
-    counts = [N] * E if executed is None else executed.sum(0).tolist()  # tokens of each expert
+    counts = [] if executed is None else executed.sum(0).tolist()  # tokens of each expert
     pairs, used = sum(counts), sum(n > 0 for n in counts)
-    if pairs == N * E:
-        executed = None
+    if executed is None or pairs == N * E:
+        return dense_ffn(x, w1, b1, w2, None, activation)
     dense = DENSE_CALLS + E * h * d * (READ + N)
-    sampled = SAMPLED_CALLS + pairs * h * d * READ_SAMPLED
+    sampled = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + pairs * SAMPLED)
     grouped = pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED)
-    if N > 1 and executed is not None and grouped < min(dense, sampled):
+    if N > 1 and grouped < min(dense, sampled):
         return grouped_ffn(x, w1, b1, w2, executed, activation)
     # sampled_addmm takes float32 and float64, and contiguous weights are seen as [E*h, d]
     if sampled < dense and x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():
