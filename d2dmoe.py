@@ -64,7 +64,7 @@ class GPTConfig:
     d_ff: int = 0  # neurons of a feed-forward layer; 0 means 4 * n_embd
     bias: bool = True  # in linear layers and layer norms
     activation: str = "relu"  # relu, gelu (exact), gelu_tanh (GPT-2's)
-    penalty: str = "hoyer"  # hoyer, l1, none
+    penalty: str = "hoyer"  # one of PENALTIES: hoyer, l1, none
     layer_norm_epsilon: float = 1e-5
     tie_weights: bool = True  # the LM head is the token embedding
     num_experts: int = 0  # E of each feed-forward layer; 0 means dense

@@ -70,9 +70,9 @@ with warnings.catch_warnings():
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all
-    weights, which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's
-    own sampled_addmm, asked for every entry, reads faster; for a few rows a batch of four uses several threads."""
+    """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all weights,
+    which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
+    sampled_addmm, asked for every entry, reads faster; for a few rows a batch of four uses several threads."""
     if not reading_is_slow(x, weight):
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]

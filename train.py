@@ -9,8 +9,9 @@
 Data flow: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
 reads beside the two token files.
 
-The recipe is main's loop: loss = cross entropy + alpha * the mean of the layers' sparsity penalties. Before it stand
-the settings and what the loop calls; after it, reading text, resuming, and the plumbing that the three scripts share.
+The recipe is training_loss, cross entropy + alpha * the mean of the layers' sparsity penalties, and the loop in main.
+Before it stand the settings and what the loop calls; after it, resuming, reading text, and the plumbing that the three
+scripts share.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Adds to each option's help its default."""
 
     def _get_help_string(self, action):
-        told = "(default" in action.help or action.default in (None, argparse.SUPPRESS) or action.nargs == 0
+        told = "(default" in action.help or action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
         return action.help if told else f"{action.help} (default: %(default)s)"
 
 
