@@ -42,7 +42,6 @@ from d2dmoe import (
     GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model,
     dynamic_k, flops_per_token, keep_previous, load_checkpoint, save_checkpoint, top_k,
 )  # fmt: skip
-from kernels import ACTIVATIONS
 from train import (
     OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, held_out,
     learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes,
@@ -132,12 +131,13 @@ def weight_features(mlp: MLP) -> Tensor:
 
 
 def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
-    """Neurons by when they fire: their |activations| on tokens x [N, d], at unit length, so that a dot product is a
-    cosine similarity, reduced to `rank` dimensions by a singular value decomposition. -> [d_ff, rank]"""
-    a = ACTIVATIONS[mlp.activation](mlp.c_fc(x)).abs().cpu()  # [N, d_ff]
+    """Neurons by when they fire: for each of the tokens x [N, d] 1 if the neuron fires, else 0, at unit length, so that
+    a dot product is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. How strongly
+    they fire is left out: grouped with it, a model needed more experts at the same loss. -> [d_ff, rank]"""
+    fires = (mlp.c_fc(x) > 0).float().cpu()  # [N, d_ff]; a ReLU or a GELU is positive where its argument is
     with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: seeded, leaving the global state
         torch.default_generator.manual_seed(0)
-        u, s, _ = torch.svd_lowrank(F.normalize(a.t()), q=min(rank, *a.shape))  # u [d_ff, rank], s [rank]
+        u, s, _ = torch.svd_lowrank(F.normalize(fires.t()), q=min(rank, *fires.shape))  # u [d_ff, rank], s [rank]
     return u * s
 
 

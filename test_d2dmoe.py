@@ -1579,8 +1579,8 @@ def test_features_of_neurons():
     mlp, x = d2dmoe.MLP(6, 20, "relu", "none"), torch.randn(50, 6)
     w = mlp.c_fc.weight
     assert torch.allclose(convert.weight_features(mlp), w / w.norm(dim=1, keepdim=True))
-    a = torch.relu(x @ w.t() + mlp.c_fc.bias)  # [50, 20]
-    unit = (a / a.norm(dim=0)).t()  # [20, 50]
+    fires = (torch.relu(x @ w.t() + mlp.c_fc.bias) > 0).float()  # [50, 20]
+    unit = (fires / fires.norm(dim=0)).t()  # [20, 50]
     features = convert.coactivation_features(mlp, x, rank=20)
     assert torch.allclose(features @ features.t(), unit @ unit.t(), atol=1e-4)  # a rotation of them, at full rank
     before = torch.get_rng_state()
