@@ -62,7 +62,7 @@ def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 # ---------------------------------------------------------------------------------------------------------------------
 # A linear layer for a few rows
 
-FEW_ROWS = 16  # with more, one large matmul is as good
+FEW_ROWS = 128  # with more, one large matmul is as good
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: here, unheard
@@ -72,16 +72,16 @@ with warnings.catch_warnings():
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all weights,
     which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
-    sampled_addmm, asked for every entry, reads faster; for a few rows a batch of four uses several threads."""
+    sampled_addmm, asked for every entry, reads faster; for up to FEW_ROWS a batch of eight parts of the weights."""
     if not reading_is_slow(x, weight):
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
     if row.shape[1] == 1:
         y = torch.sparse.sampled_addmm(every_entry(out), row[0].expand(4, -1), weight.t(), beta=0).values()  # [out]
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)  # [..., out]
-    n = out - out % 4
-    w4 = weight[:n].view(4, n // 4, -1).transpose(1, 2)  # [4, in, n/4]
-    y = torch.bmm(row.expand(4, -1, -1), w4)  # [4, N, in] @ [4, in, n/4] -> [4, N, n/4]
+    n = out - out % 8
+    w8 = weight[:n].view(8, n // 8, -1).transpose(1, 2)  # [8, in, n/8]
+    y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
     y = y.transpose(0, 1).reshape(*x.shape[:-1], n)  # [..., n]
     if n < out:
         y = torch.cat((y, F.linear(x, weight[n:])), dim=-1)  # [..., out]
@@ -136,14 +136,14 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
         else:
             a.view(N, E, h).masked_fill_(~executed.unsqueeze(-1), 0)
     w2 = w2.flatten(0, 1)  # [E*h, d]
-    if E * h % 4 or not reading_is_slow(a, w2):
+    if E * h % 4 or d % 2 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
-    if N == 1:  # embedding_bag reads faster than bmm
-        quarters = torch.arange(E * h).view(4, -1)  # [4, E*h/4]
-        y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4, -1))  # [4, d]
-        return y.sum(0, keepdim=True)  # [1, d]
-    a4, w4 = a.view(N, 4, -1).transpose(0, 1), w2.view(4, -1, d)  # [4, N, E*h/4], [4, E*h/4, d]
-    return torch.bmm(a4, w4).sum(0)  # [4, N, d] -> [N, d]
+    if N < 4:  # embedding_bag reads fastest; four sums a token, so that every thread has some
+        quarters = torch.arange(E * h).repeat(N).view(4 * N, -1)  # [4N, E*h/4]
+        y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4 * N, -1))  # [4N, d]
+        return y.view(N, 4, d).sum(1)  # [N, d]
+    halves = w2.view(E * h, 2, d // 2).transpose(0, 1)  # [2, E*h, d/2]
+    return torch.bmm(a.expand(2, N, E * h), halves).transpose(0, 1).reshape(N, d)  # [2, N, d/2] -> [N, d]
 
 
 def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
@@ -453,9 +453,11 @@ SAMPLED = 2.4  # a multiply-add of sampled_ffn, which does not reuse a row of we
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """expert_ffn on a CPU without gradients: estimates what each path would take and runs the fastest."""
     (N, _), (E, h, d) = x.shape, w1.shape
-    counts = [] if executed is None else executed.sum(0).tolist()  # tokens of each expert
-    pairs, used = sum(counts), sum(n > 0 for n in counts)
-    if executed is None or pairs == N * E:
+    if executed is None:
+        return dense_ffn(x, w1, b1, w2, None, activation)
+    counts = executed.tolist()[0] if N == 1 else executed.sum(0).tolist()  # [E], tokens of each expert
+    pairs, used = sum(counts), E - counts.count(0)
+    if pairs == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
     dense = DENSE_CALLS + E * h * d * (READ + N)
     sampled = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + pairs * SAMPLED)
@@ -513,14 +515,14 @@ def check(device: str) -> None:
 
 
 def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]:
-    """Median seconds of each of some callables. On a CPU they take turns, so that a slow moment of the machine hits
-    them all; a turn is four calls, of which the first warms up and is not counted."""
+    """Median seconds of each of some callables. On a CPU they take turns, now in this order, now in the other, so that a
+    slow moment of the machine hits them all; a turn is four calls, of which the first warms up and is not counted."""
     if device != "cpu":  # Triton's own benchmark empties the cache before each call and times by events
         return [triton.testing.do_bench(functools.partial(run, 0), return_mode="median") / 1e3 for run in runs]
     times = [[] for _ in runs]
-    for turn in range(0, 4 * repeats, 4):
-        for run, seconds in zip(runs, times, strict=True):
-            for i in range(turn, turn + 4):
+    for turn in range(repeats):
+        for run, seconds in list(zip(runs, times, strict=True))[:: 1 if turn % 2 else -1]:
+            for i in range(4 * turn, 4 * turn + 4):
                 start = time.perf_counter()
                 run(i)
                 seconds.append(time.perf_counter() - start)
