@@ -25,6 +25,7 @@ import json
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -638,10 +639,10 @@ def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     return replace(config, projections="moe", projection_experts=E, projection_router_width=max(1, width // 4))
 
 
-def described(config: GPTConfig, args: argparse.Namespace) -> str:
+def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = False) -> str:
     """What tables and pictures call a conversion: the recipe, what was changed in it, and the sizes."""
     changes = (
-        args.attention and "attention", args.finetune and "fine-tuning", args.split and f"{args.split} split",
+        args.attention and "attention", finetuned and "fine-tuning", args.split and f"{args.split} split",
         args.router_power and f"power {args.router_power}",
     )  # fmt: skip
     words = [args.recipe, *(change for change in changes if change)]
@@ -649,7 +650,7 @@ def described(config: GPTConfig, args: argparse.Namespace) -> str:
 
 
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
-    """The recipe: projection MLPs if asked for, split, routers, fine-tuning if asked for. Raises ValueError."""
+    """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
     config, device, start = converted_config(dense, args), dense.lm_head.weight.device, time.perf_counter()
 
     def batches(steps, seed):  # each stage has its own seed, and so its own batches
@@ -672,8 +673,6 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     sizes = f"{config.num_experts} experts with {config.d_ff // config.num_experts} neurons"
     say(f"{config.n_layer} blocks of {sizes}, split in {time.perf_counter() - start:.0f} s")
     train_routers(moe, batches(args.steps, 1), args.lr)
-    if args.finetune:
-        finetune(moe, batches(args.finetune, 3), args.finetune_lr)
     return moe.requires_grad_(False)
 
 
@@ -696,6 +695,7 @@ def main(argv: list[str] | None = None) -> None:
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
+    origin = zlib.crc32(dense.transformer.wte.weight.numpy())  # tells one dense model from another
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
@@ -709,13 +709,22 @@ def main(argv: list[str] | None = None) -> None:
         moe, recipe = build_model(converted, out).requires_grad_(False).to(device), str(converted.get("recipe"))
         if not moe.config.num_experts:
             raise ValueError(f"{out}/d2dmoe.pt is a dense model")
+        if converted.get("origin") not in (None, origin):
+            raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: leave --eval out")
     else:
         moe = convert(dense, tokens, args)
+        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin)
+        if rank == 0:
+            kept = keep_previous(out / "d2dmoe.pt")
+            save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
+        if args.finetune:  # stopped or diverged, it leaves the file without it
+            batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
+            finetune(moe, batches, args.finetune_lr)
+            recipe = described(moe.config, args, finetuned=True)
+            if rank == 0:
+                save_checkpoint(out / "d2dmoe.pt", moe.requires_grad_(False), recipe=recipe, **facts)
         if rank > 0:
             return
-        kept = keep_previous(out / "d2dmoe.pt")
-        recipe = described(moe.config, args)
-        save_checkpoint(out / "d2dmoe.pt", moe, tokenizer=tokenizer, recipe=recipe)
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s")
         if kept:
             say(f"the earlier one stays as {kept}")

@@ -1707,6 +1707,14 @@ def test_finetuning_is_cross_entropy_with_the_gate_on_and_the_routers_regression
         assert torch.allclose(ours[n], p.grad, rtol=1e-3, atol=1e-6), n
 
 
+def test_a_finetuning_that_diverges_costs_no_routers(trained, tmp_path):
+    finetuned = ("--finetune", 9, "--finetune_lr", 1e30, "--out", tmp_path)
+    assert "fine-tuning: the loss is not finite" in refused(convert.main, *CONVERT, "--ckpt", trained, *finetuned)
+    kept, without = saved(tmp_path, "d2dmoe.pt"), saved(trained, "d2dmoe.pt")  # both of the same options and seed
+    assert kept["recipe"] == without["recipe"] and "fine-tuning" not in kept["recipe"]
+    assert_same_weights(kept["model"], without["model"], 0)
+
+
 class TrueNorms(torch.nn.Module):
     """A router that computes the definition"""
 
@@ -1841,6 +1849,11 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     assert "at most three folders" in refused(*arguments, "--compare", *[trained] * 4)
     shutil.copy(trained / "ckpt.pt", tmp_path / "d2dmoe.pt")
     assert "is a dense model" in refused(*arguments)
+    shutil.copy(trained / "d2dmoe.pt", tmp_path)
+    checkpoint = saved(tmp_path)
+    checkpoint["model"]["transformer.wte.weight"][0, 0] += 1  # trained again since (the head is tied to it)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert "was not converted from the model in" in refused(*arguments)
     (tmp_path / "d2dmoe.pt").unlink()
     assert "no checkpoint at" in refused(*arguments)
 
