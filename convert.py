@@ -9,7 +9,7 @@
 It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
 cost_vs_loss.csv and, where matplotlib is installed, cost_vs_loss.png.
 
-The recipe, in the order of this file (convert() runs 3 first, where it is asked for):
+The stages, in the order of this file (and of convert(), but that 3 comes first where it is asked for):
 1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
 2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
 3. With --attention: train two-layer MLPs to imitate the attention projections; then 1 and 2 treat them like the rest.
@@ -572,10 +572,10 @@ def export_gpt2(model: GPT, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
-RECIPES = {  # router_width: as a share of d
-    "paper": dict(split="weights", router="norm", router_power=1.0, router_width=3 / 8),
-    "better": dict(split="coactivation", router="norm", router_power=0.5, router_width=1 / 2),
-    "moefication": dict(split="weights", router="moefication", router_power=1.0, router_width=3 / 8),
+RECIPES = {
+    "paper": dict(split="weights", router="norm", router_power=1.0, width_share=3 / 8),
+    "better": dict(split="coactivation", router="norm", router_power=0.5, width_share=1 / 2),
+    "moefication": dict(split="weights", router="moefication", router_power=1.0, width_share=3 / 8),
 }
 
 
@@ -628,7 +628,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def converted_config(dense: GPT, args: argparse.Namespace) -> GPTConfig:
     """The dense model's config with what the options say of experts and routers. Raises ValueError."""
     c, recipe = dense.config, RECIPES[args.recipe]
-    width = args.router_width or max(1, min(128, int(recipe["router_width"] * c.n_embd)))
+    width = args.router_width or max(1, min(128, int(recipe["width_share"] * c.n_embd)))
     config = replace(
         c, num_experts=args.num_experts, router=recipe["router"], router_width=width,
         router_power=args.router_power or recipe["router_power"],

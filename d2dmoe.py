@@ -21,7 +21,8 @@ What differs from nanoGPT's model.py:
 - generate keeps keys and values, so that each token is computed once while the text fits into block_size.
 
 Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, nh = n_head heads of hs = d / nh, d_ff neurons, E experts of
-h = d_ff / E neurons, V vocabulary.
+h = d_ff / E neurons, V vocabulary. n_layer counts blocks, as in nanoGPT; layers() lists what can become experts: of
+each block its MLP, and before it q, k, v and o where these are MLPs too.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ class GPTConfig:
     router: str = "norm"  # norm (the paper's) or moefication (the baseline's)
     router_width: int = 0
     router_power: float = 1.0  # routers regress norm ** power
-    projections: str = "linear"  # the four of attention: linear, mlp (two-layer stand-ins) or moe (these split)
+    projections: str = "linear"  # the four of attention: linear, mlp (projection MLPs) or moe (these split)
     projection_experts: int = 0
     projection_router_width: int = 0
 
@@ -156,7 +157,7 @@ class Linear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """y = W2 act(W1 x + b1) + b2: a dense feed-forward layer, or the two-layer stand-in of an attention projection."""
+    """y = W2 act(W1 x + b1) + b2: a dense feed-forward layer, or the MLP that replaces an attention projection."""
 
     def __init__(self, d: int, d_ff: int, activation: str, penalty: str, bias: bool = True):
         super().__init__()
@@ -554,17 +555,6 @@ def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
 
 
-def read_json(path: Path) -> dict:
-    """Raises ValueError for anything but a JSON object, OSError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
 def read_weights(path: Path) -> dict:
     """The dict in a file of torch.save or safetensors. Nothing in it is executed. Raises ValueError, OSError."""
     try:
@@ -753,12 +743,14 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     files, hf_config = [path], path.with_name("config.json")
     try:
         if path.name.endswith(".index.json"):  # of a model in several files
-            files = [path.with_name(Path(name).name) for name in sorted(set(read_json(path)["weight_map"].values()))]
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
         if path.name not in HF_WEIGHTS and path.suffix != ".safetensors":
             return recognise(raw, source)
-        return from_gpt2(raw, read_json(hf_config) if hf_config.exists() else None, source)
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:  # types that no such file has
+        hf = json.loads(hf_config.read_text(encoding="utf-8")) if hf_config.exists() else None
+        return from_gpt2(raw, hf, source)
+    except (AttributeError, LookupError, TypeError, RuntimeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
 
 

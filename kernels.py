@@ -515,8 +515,8 @@ def check(device: str) -> None:
 
 
 def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]:
-    """Median seconds of each of some callables. On a CPU they take turns, now in this order, now in the other, so that a
-    slow moment of the machine hits them all; a turn is four calls, of which the first warms up and is not counted."""
+    """Median seconds of each of some callables. On a CPU they take turns, in this order and then in the other, so that
+    a slow moment of the machine hits them all; a turn is four calls, of which the first warms up and is not counted."""
     if device != "cpu":  # Triton's own benchmark empties the cache before each call and times by events
         return [triton.testing.do_bench(functools.partial(run, 0), return_mode="median") / 1e3 for run in runs]
     times = [[] for _ in runs]

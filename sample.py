@@ -1,4 +1,5 @@
-"""Writes text with a converted model, shades every token by the share of experts it took, and says what that cost.
+"""Writes text with a converted model, shades every token by the share of experts that predicting it took, and says
+what the text cost.
 
     python sample.py --tau 0.9
     python sample.py --ckpt better/ --tau 0.95 --prompt "def main(" --temperature 0.7 --top_k 50

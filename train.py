@@ -59,7 +59,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 MODEL = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "penalty")  # options that GPTConfig has too
-RUN_OPTIONS = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # not kept: of one run, or in the config
+NOT_STORED = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # of one call only, or in the config
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -133,7 +133,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=1500, help="optimizer steps")
     add("--batch_size", type=count, default=16, help="sequences that a process computes at once")
-    add("--grad_accum", type=count, default=1, help="batches per step, shared out among processes")
+    add("--grad_accum", type=count, default=1, help="a step has so many times --batch_size sequences, over all processes")
     add("--lr", type=size, default=2e-3, help="peak learning rate")
     add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
     add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
@@ -147,9 +147,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--compile", action="store_true", help="torch.compile the model")
     defaults, args = vars(parser.parse_args([])), parser.parse_args(argv)
 
-    def without_defaults(words):  # argparse leaves alone what a namespace holds: what is still the marker was not given
-        options = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(defaults, parser))))
-        return {k: v for k, v in options.items() if v is not parser}
+    def without_defaults(words):  # argparse fills in no default where the namespace that it is given holds a value
+        unset = object()
+        options = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+        return {k: v for k, v in options.items() if v is not unset}
 
     chosen = without_defaults(argv)
     if args.init == "resume":
@@ -159,7 +160,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
             raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
         # A checkpoint is input: it is checked as the command line is, and no path is taken from it.
         try:
-            saved = {k: v for k, v in without_defaults(saved).items() if k not in RUN_OPTIONS}
+            saved = {k: v for k, v in without_defaults(saved).items() if k not in NOT_STORED}
         except SystemExit:  # it says --help
             raise ValueError(f"{args.out}/ckpt.pt was not left by a run of train.py") from None
         if "preset" in chosen:
@@ -172,7 +173,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 def as_words(args: argparse.Namespace) -> list[str]:
     """The options as a command line, for the checkpoint."""
-    options = {k: v for k, v in vars(args).items() if k not in RUN_OPTIONS}
+    options = {k: v for k, v in vars(args).items() if k not in NOT_STORED}
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items() if v is not False]
 
 
@@ -408,8 +409,8 @@ def check_finite(step: int, *values: float) -> None:
     """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
     if not all(map(math.isfinite, values)):
         raise ValueError(
-            f"step {step}: loss, gradient or weights are not finite; nothing was saved since the last evaluation: try "
-            "a lower --lr, a longer --warmup or --dtype float32, then --init resume"
+            f"step {step}: loss, gradient or weights are not finite; what this run saved at its last evaluation is "
+            "untouched: try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
         )
 
 
