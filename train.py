@@ -133,7 +133,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=1500, help="optimizer steps")
     add("--batch_size", type=count, default=16, help="sequences that a process computes at once")
-    add("--grad_accum", type=count, default=1, help="a step has so many times --batch_size sequences, over all processes")
+    add("--grad_accum", type=count, default=1, help="a step has this many times --batch_size sequences, over all"
+        " processes")  # fmt: skip
     add("--lr", type=size, default=2e-3, help="peak learning rate")
     add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
     add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
