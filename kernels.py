@@ -139,7 +139,8 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     if E * h % 4 or d % 2 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
     if N < 4:  # embedding_bag reads fastest; four sums a token, so that every thread has some
-        quarters = torch.arange(E * h).repeat(N).view(4 * N, -1)  # [4N, E*h/4]
+        neurons = every_entry(E * h).col_indices()  # [E*h], 0, 1, 2 and so on, kept from call to call
+        quarters = neurons.expand(N, E * h).reshape(4 * N, -1)  # [4N, E*h/4]
         y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4 * N, -1))  # [4N, d]
         return y.view(N, 4, d).sum(1)  # [N, d]
     halves = w2.view(E * h, 2, d // 2).transpose(0, 1)  # [2, E*h, d/2]
@@ -154,7 +155,7 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    rows = torch.arange(E * h).view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
+    rows = every_entry(E * h).col_indices().view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
     neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
     if N == 1:  # four equal rows, as in `linear`
         x, ends = x.expand(4, d), torch.tensor([len(neurons) * i // 4 for i in range(5)])  # [4, d], [5]
