@@ -743,7 +743,7 @@ def main(argv: list[str] | None = None) -> None:
         wrote = f"{out}/cost_vs_loss.csv (pip install matplotlib draws it)"
     say(f"\nwrote {wrote} in {time.perf_counter() - start:.0f} s")
     useful = [p for p in points if p["executed"] < 1 and p["loss"] < 1.02 * dense_loss]
-    if device.type == "cpu" and not any(p["time"] <= 0.95 for p in useful):  # nan, which is not timed, is not below
+    if device.type == "cpu" and useful and not any(p["time"] <= 0.95 for p in useful):  # nan: not timed
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
     if tokenizer and moe.config.router == "norm":
         say(f"now: python sample.py --ckpt {out} --tau 0.95")
