@@ -498,11 +498,13 @@ def read_table(folder: Path) -> list[dict]:
     return points
 
 
-def draw(path: Path, tables: list[list[dict]]) -> None:
+def draw(path: Path, tables: list[list[dict]]) -> bool:
     """Loss above dense in % against FLOPs in %: a curve for each of at most four tables, and for the first one's top-k
-    if there is room. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
+    if there is room. -> False, and no picture, without matplotlib. Raises OSError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
     axes = figure.subplots()
     curves = []
@@ -533,6 +535,7 @@ def draw(path: Path, tables: list[list[dict]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=200)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,12 +703,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     if args.eval:
-        converted = load_checkpoint(out, ("d2dmoe.pt",))
-        moe, recipe = build_model(converted, out).requires_grad_(False).to(device), str(converted.get("recipe"))
-        if not moe.config.num_experts:
-            raise ValueError(f"{out}/d2dmoe.pt is a dense model")
-        if converted.get("origin") not in (None, origin):
-            raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: leave --eval out")
+        moe, recipe = read_conversion(out, args.ckpt, origin)
+        moe.to(device)
     else:
         moe = convert(dense, tokens, args)
         recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin)
@@ -718,10 +717,8 @@ def main(argv: list[str] | None = None) -> None:
             recipe = described(moe.config, args, finetuned=True)
             if rank == 0:
                 save_checkpoint(out / "d2dmoe.pt", moe.requires_grad_(False), recipe=recipe, **facts)
-        if rank > 0:
-            return
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s")
-        if kept:
+        if rank == 0 and kept:
             say(f"the earlier one stays as {kept}")
     if rank > 0:
         return
@@ -736,12 +733,9 @@ def main(argv: list[str] | None = None) -> None:
     if any(table[0]["text"] != about for table in tables):
         say("warning: not all of --compare were measured on this text and as many windows")
     write_table(out / "cost_vs_loss.csv", points)
-    try:
-        draw(out / "cost_vs_loss.png", [points, *tables])
-        wrote = f"{out}/cost_vs_loss.csv and .png"
-    except ImportError:
-        wrote = f"{out}/cost_vs_loss.csv (pip install matplotlib draws it)"
-    say(f"\nwrote {wrote} in {time.perf_counter() - start:.0f} s")
+    with_picture = draw(out / "cost_vs_loss.png", [points, *tables])
+    wrote = "and .png" if with_picture else "(pip install matplotlib draws it)"
+    say(f"\nwrote {out}/cost_vs_loss.csv {wrote} in {time.perf_counter() - start:.0f} s")
     useful = [p for p in points if p["executed"] < 1 and p["loss"] < 1.02 * dense_loss]
     if device.type == "cpu" and useful and not any(p["time"] <= 0.95 for p in useful):  # nan: not timed
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
@@ -763,6 +757,18 @@ def open_corpus(
     if args.data is None and checkpoint.get("text") not in (None, text):
         raise ValueError(f"{home}/train.bin and val.bin {OTHER_TEXT}")
     return *tokens, tokenizer, text
+
+
+def read_conversion(out: Path, ckpt: str, origin: int) -> tuple[GPT, str]:
+    """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
+    `ckpt`, whose checksum is `origin`, and FileNotFoundError."""
+    checkpoint = load_checkpoint(out, ("d2dmoe.pt",))
+    moe = build_model(checkpoint, out).requires_grad_(False)
+    if not moe.config.num_experts:
+        raise ValueError(f"{out}/d2dmoe.pt is a dense model")
+    if checkpoint.get("origin") not in (None, origin):
+        raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: leave --eval out")
+    return moe, str(checkpoint.get("recipe"))
 
 
 if __name__ == "__main__":
