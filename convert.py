@@ -649,7 +649,7 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
 
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
-    config, device, start = converted_config(dense, args), dense.lm_head.weight.device, time.perf_counter()
+    config, device = converted_config(dense, args), dense.lm_head.weight.device
 
     def batches(steps, seed):  # each stage has its own seed, and so its own batches
         return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
@@ -659,7 +659,7 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
         alone = max(1, args.steps // 4)
         unsplit = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
     moe = GPT(config).to(device).requires_grad_(False).eval()
-    sample = None
+    sample, start = None, time.perf_counter()
     if (args.split or RECIPES[args.recipe]["split"]) == "coactivation":
         T = config.block_size  # about 8,192 tokens; no training has a step -1, and every process draws the same
         offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
