@@ -445,7 +445,7 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 # Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
 # nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
-DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 1.4e6  # 25 us, 40 us, and 28 us per expert in use
+DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us, and 57 (28 to 75) us per expert in use
 GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
 READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once
 SAMPLED = 2.4  # a multiply-add of sampled_ffn, which does not reuse a row of weights for several tokens
