@@ -693,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
-    origin = zlib.crc32(dense.transformer.wte.weight.numpy())  # tells one dense model from another
+    origin = zlib.crc32(dense.transformer.wte.weight.contiguous().numpy())  # tells one dense model from another
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
@@ -711,6 +711,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             kept = keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
+            if kept:
+                say(f"the d2dmoe.pt that was in {out} stays as {kept}")
         if args.finetune:  # stopped or diverged, it leaves the file without it
             batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
             finetune(moe, batches, args.finetune_lr)
@@ -718,8 +720,6 @@ def main(argv: list[str] | None = None) -> None:
             if rank == 0:
                 save_checkpoint(out / "d2dmoe.pt", moe.requires_grad_(False), recipe=recipe, **facts)
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s")
-        if rank == 0 and kept:
-            say(f"the earlier one stays as {kept}")
     if rank > 0:
         return
 

@@ -72,7 +72,7 @@ with warnings.catch_warnings():
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all weights,
     which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
-    sampled_addmm, asked for every entry, reads faster; for up to FEW_ROWS a batch of eight parts of the weights."""
+    sampled_addmm, asked for every entry, reads faster; for 2 to FEW_ROWS rows a batch of eight parts of the weights."""
     if not reading_is_slow(x, weight):
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
@@ -445,7 +445,7 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 
 # Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
 # nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
-DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us, and 57 (28 to 75) us per expert in use
+DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us; per expert in use 57 us (28 to 75)
 GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
 READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once
 SAMPLED = 2.4  # a multiply-add of sampled_ffn, which does not reuse a row of weights for several tokens

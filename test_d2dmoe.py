@@ -1707,11 +1707,13 @@ def test_finetuning_is_cross_entropy_with_the_gate_on_and_the_routers_regression
         assert torch.allclose(ours[n], p.grad, rtol=1e-3, atol=1e-6), n
 
 
-def test_a_finetuning_that_diverges_costs_no_routers(trained, tmp_path):
+def test_a_finetuning_that_diverges_costs_no_routers(trained, tmp_path, capsys):
     finetuned = ("--finetune", 9, "--finetune_lr", 1e30, "--out", tmp_path)
+    shutil.copy(trained / "d2dmoe.pt", tmp_path)
     assert "fine-tuning: the loss is not finite" in refused(convert.main, *CONVERT, "--ckpt", trained, *finetuned)
     kept, without = saved(tmp_path, "d2dmoe.pt"), saved(trained, "d2dmoe.pt")  # both of the same options and seed
     assert kept["recipe"] == without["recipe"] and "fine-tuning" not in kept["recipe"]
+    assert f"stays as {tmp_path}/d2dmoe-previous.pt" in capsys.readouterr().out  # told before it is written over
     assert_same_weights(kept["model"], without["model"], 0)
 
 
@@ -1852,6 +1854,10 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     shutil.copy(trained / "d2dmoe.pt", tmp_path)
     checkpoint = saved(tmp_path)
     checkpoint["model"]["transformer.wte.weight"][0, 0] += 1  # trained again since (the head is tied to it)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert "was not converted from the model in" in refused(*arguments)
+    wte = checkpoint["model"]["transformer.wte.weight"].t().contiguous().t()  # any layout can be read
+    checkpoint["model"] |= {"transformer.wte.weight": wte, "lm_head.weight": wte}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     assert "was not converted from the model in" in refused(*arguments)
     (tmp_path / "d2dmoe.pt").unlink()

@@ -808,7 +808,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
         return device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
 
 
