@@ -767,7 +767,7 @@ def read_conversion(out: Path, ckpt: str, origin: int) -> tuple[GPT, str]:
     if not moe.config.num_experts:
         raise ValueError(f"{out}/d2dmoe.pt is a dense model")
     if checkpoint.get("origin") not in (None, origin):
-        raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: leave --eval out")
+        raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: give its own as --ckpt")
     return moe, str(checkpoint.get("recipe"))
 
 
