@@ -225,7 +225,7 @@ def top_k(norms: Tensor, k: int) -> Tensor:
     """
     if not 1 <= k <= norms.shape[-1]:
         raise ValueError(f"k must be between 1 and the number of experts, {norms.shape[-1]}, not {k}")
-    return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, norms.topk(k).indices, True)
+    return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, norms.topk(k, sorted=False).indices, True)
 
 
 class MoEficationRouter(nn.Module):
@@ -579,8 +579,8 @@ def read_weights(path: Path) -> dict:
                 f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, "
                 "as torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
             ) from None
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        reason = " ".join(str(error).partition(". ")[0].split())[:150]  # what follows is advice to programmers
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
     return raw
@@ -642,7 +642,7 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
     if hf and hf.get("tie_word_embeddings", True) and "lm_head.weight" in sd:
         sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, maybe this one
-    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys():
+    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys() or sd["wte.weight"].dim() != 2:
         raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
     (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
     n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})

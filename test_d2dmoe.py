@@ -1080,6 +1080,7 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path):
         (llama, "does not hold a GPT-2: it has model.embed"),
         (lora, "PEFT adapter: merge it into its model"),
         ({}, "does not hold a GPT-2"),
+        (weights | {"transformer.wte.weight": torch.ones(9)}, "does not hold a GPT-2"),
         ([1, 2], "holds a list, not a checkpoint"),
         (torch.zeros(3), "holds a Tensor, not a checkpoint"),
         (dense, "object of d2dmoe.GPT, and loading objects can run code: save the state dict alone"),
@@ -1425,7 +1426,7 @@ def test_resuming_takes_the_runs_options_and_refuses_what_the_checkpoint_decides
     options = "--steps 10 --no_bias --penalty l1 --alpha 0.25 --seed 7 --grad_accum 2 --dtype bfloat16".split()
     run_train(tmp_path, "--data", trained / "text.txt", *options)
     resume = ["--init", "resume", "--out", tmp_path, "--steps", 12]
-    args, _ = train.parse_arguments([str(a) for a in (*resume, "--lr", 1e-4)])
+    args = train.parse_arguments([str(a) for a in (*resume, "--lr", 1e-4)])
     assert (args.steps, args.lr, args.alpha, args.seed, args.grad_accum) == (12, 1e-4, 0.25, 7, 2)
     assert (args.dtype, args.eval_windows) == ("bfloat16", 8)
     different = dict(n_layer=(3, 2), n_head=(4, 2), n_embd=(32, 16), block_size=(8, 16), activation=("gelu", "relu"))
@@ -1457,15 +1458,17 @@ def test_relufication_and_a_shorter_context_start_from_another_models_weights(tr
 
 
 def test_options_and_presets(capsys):
-    args, _ = train.parse_arguments("--preset gpt2 --init gpt2 --steps 5".split())
+    args = train.parse_arguments("--preset gpt2 --init openai --steps 5".split())
+    assert (args.n_layer, args.block_size, args.activation, args.steps) == (None, None, "relu", 5)  # the checkpoint's
+    args = train.parse_arguments("--preset gpt2 --steps 5".split())
     assert (args.n_layer, args.n_head, args.n_embd, args.block_size, args.tokenizer) == (12, 12, 768, 1024, "gpt2")
     assert (args.activation, args.penalty, args.alpha, args.lr, args.steps) == ("relu", "l1", 5e-4, 6e-4, 5)
     assert args.batch_size * args.grad_accum == 960
-    args, chosen = train.parse_arguments("--lr 1 --lr 0.5 --no_bias --compile".split())
-    assert args.lr == 0.5 and not args.bias and chosen.keys() == {"lr", "bias", "compile"} and args.n_embd == 128
+    args = train.parse_arguments("--lr 1 --lr 0.5 --no_bias --compile".split())
+    assert args.lr == 0.5 and args.bias is False and args.compile and args.n_embd is None and args.batch_size == 16
     words = train.as_words(args)
     assert "--lr=0.5" in words and "--compile" in words and not any("out" in w or "data" in w for w in words)
-    again, _ = train.parse_arguments(words)
+    again = train.parse_arguments(words)
     assert {k for k, v in vars(args).items() if vars(again)[k] != v} == {"bias"}  # which the checkpoint decides
     for main in (train.main, convert.main, sample.main):
         with pytest.raises(SystemExit) as end:
