@@ -18,9 +18,9 @@ The stages, in the order of this file (and of convert(), but that 3 comes first 
 """
 
 import argparse
+import codecs
 import copy
 import csv
-import io
 import json
 import math
 import statistics
@@ -34,14 +34,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
 from d2dmoe import (
     GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model,
-    dynamic_k, flops_per_token, keep_previous, load_checkpoint, save_checkpoint, top_k,
+    dynamic_k, flops_per_token, keep_previous, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
     OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, held_out,
@@ -60,22 +59,20 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> 
     of squared distances is (nearly) smallest among the assignments that fill every cluster exactly.
     -> assignment [n] int64. Raises ValueError if k does not divide n.
     """
-    n = len(points)
-    if k < 1 or n % k:
-        raise ValueError(f"{n} neurons do not divide into {k} experts of equal size")
+    h = neurons_per_expert(len(points), k)
     points = points.detach().float().cpu()
     centers = spread_centers(points, k, torch.Generator().manual_seed(seed))  # [k, f]
-    prices, squares, best, assignment = torch.zeros(k), math.inf, math.inf, None
+    prices, squares, assignment = torch.zeros(k), math.inf, None
     for _ in range(iterations):
         score = 2 * points @ centers.t() - centers.square().sum(1)  # [n, k]: -|p - c|^2, up to a constant per point
         # epsilon trades accuracy for speed: a tenth of the scores' spread will do, since the centers move anyway. The
         # lower bounds keep it above float32 rounding, or identical points could outbid each other forever.
         epsilon = max(0.1 * score.std().item(), 1e-5 * score.abs().max().item(), 1e-12)
         candidate = assign_balanced(score, prices, epsilon)  # [n]
-        centers = torch.zeros_like(centers).index_add_(0, candidate, points) / (n // k)
+        centers = torch.zeros_like(centers).index_add_(0, candidate, points) / h
         previous, squares = squares, (points - centers[candidate]).square().sum().item()
-        if squares < best:
-            best, assignment = squares, candidate
+        if squares < previous:
+            assignment = candidate
         if squares > previous * (1 - 1e-4):
             break
     return assignment
@@ -85,10 +82,8 @@ def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: in
     """k of the points [n, f] as first centers [k, f], far from each other (greedy k-means++: of some candidates, drawn
     with probability proportional to the squared distance from the centers so far, the one that lowers the sum most)."""
     squared = points.square().sum(1)  # [n]
-    first = torch.randint(len(points), (1,), generator=generator)
-    chosen = [first.item()]
-    # [n], squared, to the nearest center
-    distance = (squared + squared[first] - 2 * points @ points[first[0]]).clamp(min=0)
+    chosen = [torch.randint(len(points), (1,), generator=generator).item()]
+    distance = (squared + squared[chosen] - 2 * points @ points[chosen[0]]).clamp(min=0)  # [n], to the nearest center
     for _ in range(k - 1):
         candidates = torch.multinomial(distance + 1e-12, min(tries, len(points)), generator=generator)  # [tries]
         to_each = (squared + squared[candidates, None] - 2 * points[candidates] @ points.t()).clamp(min=0)  # [tries, n]
@@ -356,23 +351,12 @@ def top_share(norms: Tensor, share: float) -> Tensor:
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
-class Oracle(nn.Module):
-    """A router that cheats: it returns the true norms, at the price of running every expert, and so shows what is left
-    to gain by predicting norms better."""
-
-    def __init__(self, layer: DynamicKMoE):
-        super().__init__()
-        self.true_norms = layer.expert_norms
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.true_norms(x)
-
-
 def with_oracles(moe: GPT) -> GPT:
-    """A copy of the model in which every router is an Oracle. The weights are not copied."""
+    """A copy of the model whose routers cheat: they return the true norms, at the price of running every expert, and so
+    show what is left to gain by predicting norms better. The weights are not copied."""
     cheat = copy.deepcopy(moe, {id(p): p for p in moe.parameters()})
     for layer in cheat.layers():
-        layer.router = Oracle(layer)
+        layer.router.forward = layer.expert_norms
     return cheat
 
 
@@ -380,14 +364,6 @@ def relative_flops(config: GPTConfig, counts: list[float] | None) -> float:
     """FLOPs per token over those of the dense model, on average over a window; `counts` as in flops_per_token."""
     context = (config.block_size + 1) / 2  # tokens that a token attends to
     return flops_per_token(config, context, counts) / flops_per_token(config, context)
-
-
-def measure(moe: GPT, tokens: np.ndarray, windows: int, gate: Gate | None) -> dict[str, float]:
-    """Under a gate: executed share of all experts (each counts once, whatever its size), relative FLOPs, and loss."""
-    loss, counts = evaluate(moe, tokens, windows, EVAL_BATCH, gate)
-    means = [c.float().mean().item() for c in counts]  # per layer
-    executed = sum(means) / sum(len(layer.w1) for layer in moe.layers())
-    return {"executed": executed, "flops": relative_flops(moe.config, means if gate else None), "loss": loss}
 
 
 @torch.no_grad()
@@ -414,8 +390,12 @@ def cost_table(
     change = lambda loss: f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"  # noqa: E731
 
     def point(rule, value, gate, timed=True, model=moe):
-        row = {"rule": rule, "value": value, **measure(model, tokens, windows, gate)}
-        points.append(row | {"time": relative_time(model, dense, tokens, gate) if timed else math.nan})
+        loss, counts = evaluate(model, tokens, windows, EVAL_BATCH, gate)
+        means = [c.float().mean().item() for c in counts]  # per layer
+        executed = sum(means) / sum(all_experts)  # of all experts: each counts once, whatever its size
+        flops = relative_flops(config, means if gate else None)
+        seconds = relative_time(model, dense, tokens, gate) if timed else math.nan
+        points.append(dict(rule=rule, value=value, executed=executed, flops=flops, time=seconds, loss=loss))
         return points[-1]
 
     say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time: over the dense model's")
@@ -449,8 +429,7 @@ def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] |
     for (*low, a), (*high, b) in zip(curve, curve[1:]):  # from the cheapest on
         if b <= loss <= a:
             t = (a - loss) / (a - b) if a > b else 1.0
-            executed, flops = (x + t * (y - x) for x, y in zip(low, high, strict=True))
-            return executed, flops
+            return tuple(x + t * (y - x) for x, y in zip(low, high, strict=True))
     return None
 
 
@@ -470,13 +449,11 @@ COLUMNS = ("recipe", "rule", "value", "executed", "flops", "time", "loss", "dens
 
 def write_table(path: Path, points: list[dict]) -> None:
     """The points as CSV; an earlier table keeps another name. Raises OSError."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(points)
     kept = keep_previous(path)
     with atomic_write(path) as f:
-        f.write(text.getvalue().encode("utf-8", "backslashreplace"))
+        writer = csv.DictWriter(codecs.getwriter("utf-8")(f, "backslashreplace"), COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(points)
     if kept:
         say(f"the earlier table stays as {kept}")
 
@@ -507,30 +484,26 @@ def draw(path: Path, tables: list[list[dict]]) -> bool:
         return False
     figure = Figure(figsize=(8.3, 3.6), layout="constrained")
     axes = figure.subplots()
-    curves = []
-    for i, table in enumerate(tables):
-        own_rule = "top_k" if table[0]["recipe"].startswith("moefication") else "dynamic_k"
-        for rule in dict.fromkeys(p["rule"] for p in table):
-            own = rule == own_rule
-            if own or (i == 0 and rule == "top_k" and len(tables) < 4):
-                chosen = [p for p in table if p["rule"] == rule]
-                points = sorted((100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in chosen)
-                name = table[0]["recipe"].partition(" E=")[0] if own else "same model, top-k"
-                curves.append((points, name.replace("$", r"\$"), own))
-    for i, (points, name, own) in enumerate(curves):
+    curves = [(table, table[0]["rule"]) for table in tables]  # each by the rule that its table begins with
+    if len(tables) < 4 and curves[0][1] != "top_k":
+        curves.insert(1, (tables[0], "top_k"))
+    for i, (table, rule) in enumerate(curves):
+        own = rule == table[0]["rule"]
         color = ("#b2182b", "#1b7837", "#2166ac", "#8c510a")[i] if own else "#888888"
+        name = table[0]["recipe"].partition(" E=")[0] if own else "same model, top-k"
+        chosen = [p for p in table if p["rule"] == rule]
+        points = sorted((100 * p["flops"], 100 * (p["loss"] / p["dense_loss"] - 1)) for p in chosen)
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", color=color, markersize=3, linewidth=1.8)
         height = 9 - 1.3 * i  # labels stand one below the other, with a line to where the curve has this loss
         tip = np.interp(height, y[::-1], x[::-1]), min(height, max(y))
         line = dict(arrowstyle="-", color=color, linewidth=0.6)
         place = dict(xytext=(0.55, height), textcoords=("axes fraction", "data"), va="center")
-        axes.annotate(name, tip, **place, color=color, fontsize=11, arrowprops=line)
+        axes.annotate(name.replace("$", r"\$"), tip, **place, color=color, fontsize=11, arrowprops=line)
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
-    lowest = min(y for points, _, _ in curves for _, y in points)
     axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %")
-    axes.set_ylim(min(0, lowest) - 0.3, 10)
+    axes.set_ylim(axes.dataLim.y0 - 0.3, 10)  # y0: the lowest of all points
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
@@ -643,8 +616,7 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
         args.attention and "attention", finetuned and "fine-tuning", args.split and f"{args.split} split",
         args.router_power and f"power {args.router_power}",
     )  # fmt: skip
-    words = [args.recipe, *(change for change in changes if change)]
-    return f"{' + '.join(words)} E={config.num_experts} r={config.router_width}"
+    return f"{' + '.join(filter(None, (args.recipe, *changes)))} E={config.num_experts} r={config.router_width}"
 
 
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:

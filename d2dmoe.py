@@ -89,7 +89,7 @@ class GPTConfig:
         choices = {"activation": ACTIVATIONS, "penalty": PENALTIES, "router": ("norm", "moefication"),
                    "projections": ("linear", "mlp", "moe")}  # fmt: skip
         for name, allowed in choices.items():
-            if getattr(self, name) not in tuple(allowed):
+            if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
             raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
@@ -349,8 +349,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, nh, length + T, hs]
             if cache.length > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
-                seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)  # [T, length + T]
-                mask = seen.tril(cache.length)
+                mask = k.new_ones(T, k.shape[2], dtype=torch.bool).tril(cache.length)  # [T, length + T]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # [B, nh, T, hs]
         return y.transpose(1, 2).reshape(B, T, d)  # [B, T, nh, hs] -> [B, T, d]
 
@@ -371,13 +370,10 @@ class Block(nn.Module):
             router = MoEficationRouter(d, width, E) if moefication else Router(d, width, E, config.router_power)
             self.mlp = DynamicKMoE(d, config.d_ff, E, config.activation, router)
 
-    def layers(self) -> list[nn.Module]:
-        return [*self.attn.layers(), self.mlp]
-
     def forward(
         self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, d] -> x [B, T, d], and the second value of each of layers()"""
+        """x [B, T, d] -> x [B, T, d], and the second value of each of attn.layers() and of mlp"""
         y, aux = self.attn(self.ln_1(x), gate, cache, inputs)
         x = x + y
         normed = self.ln_2(x)
@@ -393,14 +389,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
-            )
-        )
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
+        ))  # fmt: skip
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -417,7 +411,7 @@ class GPT(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """Every MLP or DynamicKMoE, block by block: q, k, v and o where the projections are not linear, then mlp."""
-        return [layer for block in self.transformer.h for layer in block.layers()]
+        return [layer for block in self.transformer.h for layer in (*block.attn.layers(), block.mlp)]
 
     def hidden(
         self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
@@ -593,14 +587,13 @@ def bare(weights: dict, source: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
     if others := [k for k, w in weights.items() if not isinstance(w, Tensor)]:
         raise ValueError(f"{source} is not a checkpoint that is known here: {', '.join(others[:5])} should be tensors")
-    masks = re.compile(r"\.attn\.(masked_)?bias$")
-    return {k: w for k, w in weights.items() if not (masks.search(k) and w.dim() != 1)}
+    return {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
 
 
-def tie_of(weights: dict[str, Tensor]) -> dict[str, bool]:
-    """Whether the LM head is the token embedding, as a field of the config; `weights` gets a head where it has none."""
-    wte = weights.get("transformer.wte.weight")
-    return {} if wte is None else {"tie_weights": torch.equal(weights.setdefault("lm_head.weight", wte), wte)}
+def is_tied(weights: dict[str, Tensor]) -> bool:
+    """Whether the LM head is the token embedding; `weights` gets a head where it has none. Raises KeyError."""
+    wte = weights["transformer.wte.weight"]
+    return torch.equal(weights.setdefault("lm_head.weight", wte), wte)
 
 
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
@@ -659,7 +652,7 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     for k, w in sd.items():
         conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
         weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
-    tied = tie_of(weights)["tie_weights"]
+    tied = is_tied(weights)
     if hf.get("tie_word_embeddings") and not tied:
         raise ValueError(f"{source}: config.json ties them, but lm_head.weight differs from wte.weight")
     config = dict(
@@ -682,13 +675,13 @@ def recognise(raw: dict, source: str | Path) -> dict:
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
-        given = {k: v for k, v in raw["model_args"].items() if k != "dropout"}  # here nothing is dropped
-        check_fields(given, sizes, sizes | {"bias"}, f"{source}, nanoGPT's, in its model_args")
+        given = raw["model_args"]
+        check_fields(given, sizes, sizes | {"bias", "dropout"}, f"{source}, nanoGPT's, in its model_args")
         weights = bare(raw["model"], source)
-        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights}
+        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights, "tie_weights": is_tied(weights)}
         config |= {k: v for k, v in given.items() if k in fields}
         tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
-        return {"model": weights, "config": config | tie_of(weights), "tokenizer": tokenizer}
+        return {"model": weights, "config": config, "tokenizer": tokenizer}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
         earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
         own = sizes | {"bias", "activation", "penalty"}
@@ -702,7 +695,6 @@ def recognise(raw: dict, source: str | Path) -> dict:
     return from_gpt2(raw, None, source)
 
 
-HUB = "https://huggingface.co/{repo}/resolve/main/pytorch_model.bin"
 GPT2_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 GPT2_REPOS["distilgpt2"] = "distilbert/distilgpt2"
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -710,7 +702,7 @@ HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_mode
 
 def download(name: str) -> dict:
     """The weights of one of GPT2_REPOS, kept in torch.hub's cache. Raises OSError."""
-    url = HUB.format(repo=GPT2_REPOS[name])
+    url = f"https://huggingface.co/{GPT2_REPOS[name]}/resolve/main/pytorch_model.bin"
     try:  # file_name: all repositories call their file pytorch_model.bin
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name}.bin", weights_only=True)
     except Exception as error:  # whatever the network, a proxy or a full disk raise
@@ -725,12 +717,11 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError.
     """
     path = Path(source).expanduser()
-    here = path.is_file() or any((path / name).exists() for name in (*names, *HF_WEIGHTS))
-    if str(source) in GPT2_REPOS and not here:  # a folder of that name may be a run's own --out
-        return from_gpt2(download(str(source)), None, source)
     if path.is_dir():
         path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
     if not path.is_file():  # nor a pipe, which would be waited for
+        if str(source) in GPT2_REPOS:  # a folder of that name, without a model, may be a run's own --out
+            return from_gpt2(download(str(source)), None, source)
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
         advice = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"

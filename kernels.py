@@ -409,14 +409,8 @@ def chunk_size(N: int, bytes_per_token: int) -> int:
     return math.ceil(N / chunks)
 
 
-@torch.library.custom_op("d2dmoe::triton_ffn", mutates_args=())
-def _triton_op(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    return _triton_ffn(x, w1, b1, w2, executed, activation)
-
-
-@_triton_op.register_fake
-def _(x, w1, b1, w2, executed, activation):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_triton_op = torch.library.custom_op("d2dmoe::triton_ffn", _triton_ffn, mutates_args=())
+_triton_op.register_fake(lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,12 +482,6 @@ def random_mask(N: int, E: int, share: float, device: str) -> Tensor:
     return torch.zeros(N, E, dtype=torch.bool, device=device).scatter_(1, chosen, True)
 
 
-def relative_error(y: Tensor, layer: tuple[Tensor, ...], executed: Tensor, activation: str) -> float:
-    """|| y - y64 || / || y64 ||, y64 the masked reference in float64"""
-    y64 = masked_ffn(*(t.double() for t in layer), executed, activation)
-    return ((y.double() - y64).norm() / y64.norm().clamp(min=1e-30)).item()
-
-
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -507,7 +495,9 @@ def check(device: str) -> None:
             layer = random_layer(N, d, E, h, dtype, device)
             for share, (name, path) in itertools.product((0.0, 0.3, 1.0), paths.items()):
                 executed = torch.rand(N, E, device=device) < share
-                error = relative_error(path(*layer, executed, activation), layer, executed, activation)
+                y64 = masked_ffn(*(t.double() for t in layer), executed, activation)
+                difference = path(*layer, executed, activation).double() - y64
+                error = (difference.norm() / y64.norm().clamp(min=1e-30)).item()
                 worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
     for (name, dtype), error in worst.items():
         print(f"check {name:11} {str(dtype).removeprefix('torch.'):9} largest relative error {error:.1e}")

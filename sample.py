@@ -61,8 +61,7 @@ def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[i
     image = axes.imshow(share, aspect="auto", cmap="Reds", vmin=0)
     labels = [t.replace(" ", "\u2423").replace("\n", "\u21b5").replace("$", r"\$") for t in tokens]
     axes.set_xticks(range(len(tokens)), labels, fontsize=10, rotation=0 if max(map(len, labels)) < 2 else 90)
-    axes.set_yticks(range(len(experts)))
-    axes.set(ylabel="layer", xlabel="token (\u2423 space, \u21b5 newline)")
+    axes.set(yticks=range(len(experts)), ylabel="layer", xlabel="token (\u2423 space, \u21b5 newline)")
     figure.colorbar(image, label="share of experts", pad=0.01)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=200)

@@ -45,6 +45,10 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
+# glibc returns the memory of freed tensors to the system and then gets it anew, page by page. Once a block of 31 MB was
+# freed, it keeps twice as much instead: training on a CPU is about 7% faster.
+torch.empty(31 << 20, dtype=torch.uint8)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -192,11 +196,10 @@ def take_windows(
     windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
     if windows.max() >= vocab_size:
         raise ValueError(f"token {windows.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
-    windows = torch.from_numpy(windows)
-    if torch.device(device).type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    else:
-        windows = windows.to(device)
+    windows, on_gpu = torch.from_numpy(windows), torch.device(device).type == "cuda"
+    if on_gpu:  # from page-locked memory the copy is only queued: the host goes on
+        windows = windows.pin_memory()
+    windows = windows.to(device, non_blocking=on_gpu)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -241,16 +244,14 @@ def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16)
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate | None = None,
-    autocast: contextlib.AbstractContextManager = contextlib.nullcontext(),
-) -> tuple[float, list[Tensor]]:  # fmt: skip
+    model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate | None = None
+) -> tuple[float, list[Tensor]]:
     """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the
     number of experts that every token executed, [windows * T] (no entries for a dense model). Raises ValueError."""
     training, total, predicted, counts = model.training, 0.0, 0, []
     model.eval()
     for x, y in held_out(model, tokens, windows, batch_size):
-        with autocast:
-            logits, aux = model(x, gate)  # [B, T, V]
+        logits, aux = model(x, gate)  # [B, T, V]
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
         predicted += y.numel()
         if model.config.num_experts:
@@ -306,21 +307,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or leave --compile out")
     with rank_zero_first():  # the lock is held for as long as it has a name
         model, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
-    config, text = model.config, fingerprint(train_tokens, val_tokens)
-    batches = Batches(
-        train_tokens, config, args.steps, args.batch_size * args.grad_accum, args.seed, device, at_once=args.batch_size
-    )
+    config = model.config
+    facts = dict(tokenizer=tokenizer, text=fingerprint(train_tokens, val_tokens), arguments=as_words(args))
+    sequences = args.batch_size * args.grad_accum  # of a step
+    batches = Batches(train_tokens, config, args.steps, sequences, args.seed, device, at_once=args.batch_size)
 
-    # glibc gives the memory of large tensors back and asks for it again page by page, until a block of 31 MB was freed
-    # once: from then on it keeps twice that. Training on a CPU is 7% faster.
-    torch.empty(31 << 20, dtype=torch.uint8)
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, args.beta2), fused=True,
-    )  # fmt: skip
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
     checkpoint = {}  # its weights and moments have been copied
     step_model = torch.compile(model) if args.compile else model
@@ -332,15 +328,11 @@ def main(argv: list[str] | None = None) -> int:
     def save(step: int) -> None:
         nonlocal replaces
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
-        kept = keep_previous(args.out / "ckpt.pt") if replaces else None
-        # No random state: batches depend on seed and step alone, and the model has no dropout.
-        save_checkpoint(
-            args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), arguments=as_words(args),
-            tokenizer=tokenizer, text=text,
-        )  # fmt: skip
-        replaces = False
-        if kept:
+        if replaces and (kept := keep_previous(args.out / "ckpt.pt")):
             say(f"the model that was in {args.out}/ckpt.pt stays as {kept}")
+        # No random state: batches depend on seed and step alone, and the model has no dropout.
+        save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
+        replaces = False
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
@@ -362,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
                 with contextlib.nullcontext() if synchronize else step_model.no_sync(), autocast:
                     loss, cross_entropy = training_loss(step_model, x, y, alpha)
                     # This piece's part in the mean over the step's sequences; times world, by which DDP divides.
-                    weight = len(x) * world / batches.sequences
+                    weight = len(x) * world / sequences
                     (weight * loss).backward()
                 total += weight * cross_entropy.detach()
             upcoming = batches[step + 1] if step + 1 < args.steps else []  # read and queued while a GPU computes
@@ -374,17 +366,18 @@ def main(argv: list[str] | None = None) -> int:
             total, norm, stopping = state.tolist()
             check_finite(step, total, norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             losses.append(total)
 
             done = step + 1
             if rank == 0 and (done % args.eval_every == 0 or done == args.steps):
                 seconds = time.perf_counter() - clock
-                val_loss, _ = evaluate(model, val_tokens, args.eval_windows, args.batch_size, autocast=autocast)
+                with autocast:
+                    val_loss, _ = evaluate(model, val_tokens, args.eval_windows, args.batch_size)
                 check_finite(step, val_loss)
                 zeros, active = activation_sparsity(model, probe)
                 save(done)
-                rate = (done - since) * batches.sequences * config.block_size / seconds
+                rate = (done - since) * sequences * config.block_size / seconds
                 left = int((time.perf_counter() - clock) / (done - since) * (args.steps - done))
                 train_loss = sum(losses) / len(losses)
                 say(f"{done:6d} {train_loss:7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
@@ -437,7 +430,7 @@ def open_run(
 
 def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | None) -> GPT:
     """The model to train: new, or the checkpoint's, perhaps with another activation, penalty or a shorter context."""
-    given = {name: getattr(args, name) for name in MODEL if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if name in MODEL and value is not None}
     if base is None:
         if tokenizer is None:
             raise ValueError(f"--data {args.data} does not tell its tokens: add --tokenizer gpt2 or bytes")
@@ -451,13 +444,11 @@ def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | N
             raise ValueError(f"--{option} cannot differ from the checkpoint, whose {name} is {getattr(config, name)}")
     if resuming:
         return base
-    block_size = given.get("block_size", config.block_size)
-    if block_size > config.block_size:
-        raise ValueError(f"--block_size {block_size} is longer than the checkpoint's {config.block_size}")
-    weights = base.state_dict()
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
-    changes = {"block_size": block_size, "penalty": GPTConfig.penalty, **given}
-    model = GPT(replace(config, **changes))
+    changed = replace(config, **{"penalty": GPTConfig.penalty} | given)
+    if changed.block_size > config.block_size:
+        raise ValueError(f"--block_size {changed.block_size} is longer than the checkpoint's {config.block_size}")
+    model, weights = GPT(changed), base.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: changed.block_size]
     model.load_state_dict(weights)
     return model
 
@@ -490,13 +481,13 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict, args: argpa
 # Text -> tokens
 
 
-def load_tokenizer(name: str | None) -> tiktoken.Encoding:
+def load_tokenizer(name: str) -> tiktoken.Encoding:
     """"bytes" (256 bytes and <|endoftext|>; nothing to download), "gpt2" (tiktoken's), or "characters:" and an
     alphabet, a nanoGPT character model's. Raises ValueError for another name, OSError if GPT-2's cannot be had."""
     if name == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
-    if name is not None and re.match("characters:.", name, re.DOTALL):
+    if re.match("characters:.", name, re.DOTALL):
         ranks = {c.encode(): i for i, c in enumerate(name.removeprefix("characters:"))}
         return tiktoken.Encoding("characters", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
     if name != "gpt2":
@@ -639,8 +630,7 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
 
 def open_tokens(folder: Path, block_size: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens. Raises ValueError or FileNotFoundError."""
-    train, val = (map_tokens(folder / name, block_size, vocab_size) for name in ("train.bin", "val.bin"))
-    return train, val
+    return tuple(map_tokens(folder / name, block_size, vocab_size) for name in ("train.bin", "val.bin"))
 
 
 OTHER_TEXT = "are not what ckpt.pt was trained on: give that text as --data"
@@ -700,19 +690,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def write(text: str, descriptor: int) -> None:
+    """To stdout (1) or stderr (2). A closed pipe, a full disk behind > or a terminal's encoding never ends a run."""
+    try:
+        print(printable(text), end="", file=sys.stdout if descriptor == 1 else sys.stderr, flush=True)
+    except (AttributeError, OSError, ValueError):
+        with contextlib.suppress(OSError):  # what is buffered goes nowhere, or Python fails again as it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def say(text: str = "") -> None:
-    """print from rank 0. A closed pipe, a full disk behind > or a terminal's encoding never ends a run."""
+    """Writes a line to stdout, from rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            print(printable(text), flush=True)
-        except (OSError, ValueError):
-            silence(1)
-
-
-def silence(descriptor: int) -> None:
-    """Lets what is buffered for a broken stdout or stderr go nowhere, or Python fails again as it flushes at exit."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        write(text + "\n", 1)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -725,20 +715,17 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; files are complete or as they were"
+        status, message = 130, "interrupted; files are complete or as they were\n"
     except (ValueError, OSError) as error:
-        message = f"error: {' '.join(str(error).split())}"
+        message = f"error: {' '.join(str(error).split())}\n"
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
         rank_zero_ended = dist.is_initialized() and dist.get_rank() > 0 and "onnection" in str(error)  # it has said why
         if not memory and not rank_zero_ended:
             raise
-        message = "error: out of memory: lower --batch_size or the sizes of the model" if memory else ""
-    for stream, descriptor, text in ((sys.stderr, 2, message), (sys.stdout, 1, "")):
-        try:
-            print(printable(text), end="\n" if text else "", file=stream, flush=True)
-        except (AttributeError, OSError, ValueError):
-            silence(descriptor)
+        message = "error: out of memory: lower --batch_size or the sizes of the model\n" if memory else ""
+    write(message, 2)
+    write("", 1)
     if dist.is_initialized():
         if status == 0:
             dist.destroy_process_group()
@@ -767,7 +754,7 @@ def noted_signals() -> Iterator[list[tuple[int, float]]]:
             signal.signal(signum, handler)
 
 
-def claim(folder: Path, *names: str) -> BinaryIO | None:
+def claim(folder: Path, *names: str) -> BinaryIO:
     """Makes the folder, tries now what the end of a run needs, and locks the folder against a second run for as long as
     the result is kept. Raises OSError or ValueError."""
     for path in [folder, *folder.parents]:
@@ -778,15 +765,13 @@ def claim(folder: Path, *names: str) -> BinaryIO | None:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder, where a file is to be written: choose another --out")
     lock = open(folder / ".lock", "wb")  # fails where the folder cannot be written
-    with contextlib.suppress(ImportError):  # Windows has no fcntl, some file systems no locks
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems no locks
         import fcntl
 
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another run is writing into {folder}: wait for it or choose another --out") from None
-        except OSError:
-            pass
     return lock
 
 
@@ -799,9 +784,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        return device
+        return torch.zeros(1, device=name).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
 
