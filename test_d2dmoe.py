@@ -6,7 +6,6 @@ time. D2DMOE_LONG=1 makes the kill and fuzz sweeps ten times longer.
 
 import argparse
 import ast
-import csv
 import dataclasses
 import io
 import itertools
@@ -16,6 +15,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +24,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
@@ -45,7 +46,6 @@ torch.set_num_threads(1)  # what else runs on the machine would slow two threads
 HERE = Path(d2dmoe.__file__).resolve().parent
 LONG = 10 if os.environ.get("D2DMOE_LONG") == "1" else 1
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and pipes as POSIX has them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,10 +113,6 @@ def models():
     return {"dense": dense, "experts": tiny_moe(dense), "attention": tiny_moe(with_projection_mlps(dense))}
 
 
-def random_tokens():
-    return torch.randint(257, (2, 16))
-
-
 def write_text(path, words=6000, seed=0):
     draw = random.Random(seed)
     vocabulary = ["to", "be", "or", "not", "that", "is", "the", "question", "\n"]
@@ -124,8 +120,8 @@ def write_text(path, words=6000, seed=0):
     return path
 
 
-MODEL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16"
-TINY = f"{MODEL} --batch_size 4 --eval_every 10 --eval_windows 8 --warmup 2 --device cpu".split()
+TINY = """--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --eval_every 10 --eval_windows 8 --warmup 2
+    --device cpu""".split()
 CONVERT = "--num_experts 8 --router_width 4 --steps 20 --eval_windows 8 --taus 1 0.9 0.5 --device cpu".split()
 
 
@@ -144,15 +140,19 @@ def run_convert(ckpt, *arguments):
 
 def refused(function, *arguments):
     """Calls a function, or a script's main, and returns the one sentence that it raises."""
+    call = partial(run, function) if function in (train.main, convert.main, sample.main) else function
     with pytest.raises((ValueError, OSError)) as error:
-        if function in (train.main, convert.main, sample.main):
-            run(function, *arguments)
-        else:
-            function(*arguments)
+        call(*arguments)
     line = str(error.value)
     del error  # its traceback keeps main's variables alive, and among them the lock on a folder
     assert line and "\n" not in line
     return line
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -181,28 +181,20 @@ def tokens_of(folder, name="train.bin"):
     return np.fromfile(folder / name, dtype=np.uint16)
 
 
-def raising(error):
-    def function(*_, **__):
-        raise error
-
-    return function
-
-
+@dataclasses.dataclass
 class Evil:
     """A pickle that creates a file when it is loaded"""
 
-    def __init__(self, path):
-        self.path = str(path)
+    path: Path
 
     def __reduce__(self):
-        return (open, (self.path, "w"))
+        return (open, (str(self.path), "w"))
 
 
 def start(*words, **options):
     """A Python process on one thread: start("-c", code), start("train.py", "--steps", 5)"""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    options = dict(cwd=HERE) | pipes | options
+    options = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
     return subprocess.Popen([sys.executable, *map(str, words)], env=environment, **options)
 
 
@@ -229,14 +221,11 @@ ODD_SHAPES = [  # N, d, E, h
 
 @pytest.mark.parametrize("N, d, E, h", ODD_SHAPES)
 def test_every_path_equals_the_definition(N, d, E, h):
-    torch.manual_seed(0)
     paths = [kernels.expert_ffn, kernels.masked_ffn, kernels.dense_ffn, kernels.grouped_ffn, kernels.sampled_ffn]
     paths += [kernels.triton_ffn] if kernels.triton else []
-    every = torch.ones(N, E, dtype=torch.bool)
-    expert = torch.arange(E)
-    masks = {"none": ~every, "all": every, "some": torch.rand(N, E) < 0.4,
-             "only the last expert": every & (expert == E - 1), "all but one": every & (expert != E // 2)}  # fmt: skip
-    for executed, activation in itertools.product(masks.values(), kernels.ACTIVATIONS):
+    every, expert = torch.ones(N, E, dtype=torch.bool), torch.arange(E)
+    masks = (every, ~every, torch.rand(N, E) < 0.4, every & (expert == E - 1), every & (expert != E // 2))
+    for executed, activation in itertools.product(masks, kernels.ACTIVATIONS):
         layer = kernels.random_layer(N, d, E, h, torch.float32, "cpu")
         expected = loops(*layer, executed, activation)
         for path in paths:
@@ -246,7 +235,7 @@ def test_every_path_equals_the_definition(N, d, E, h):
 
 
 def test_the_cpu_takes_each_path_where_it_pays(monkeypatch):
-    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with one, some ways of dense_ffn are not taken
     taken = []
     for name in ("masked_ffn", "dense_ffn", "sampled_ffn", "grouped_ffn"):
         path = getattr(kernels, name)
@@ -269,16 +258,11 @@ def test_the_cpu_takes_each_path_where_it_pays(monkeypatch):
         taken.clear()
 
 
-def test_gradients_reach_inputs_and_weights():
-    torch.manual_seed(0)
+def test_gradients_other_dtypes_strides_and_autocast():
     layer = [t.double().requires_grad_() for t in kernels.random_layer(5, 6, 3, 4, torch.float32, "cpu")]
     executed = torch.rand(5, 3) < 0.5
     for activation in kernels.ACTIVATIONS:
         assert torch.autograd.gradcheck(lambda *t: kernels.expert_ffn(*t, executed, activation), layer)
-
-
-def test_other_dtypes_and_strides_and_autocast():
-    torch.manual_seed(0)
     for N in (1, 40):
         layer = kernels.random_layer(N, 64, 4, 128, torch.float32, "cpu")
         executed = kernels.random_mask(N, 4, 0.5, "cpu")
@@ -289,20 +273,16 @@ def test_other_dtypes_and_strides_and_autocast():
             assert_close(y, expected, tolerance)
         strided = [torch.stack([t, t], -1)[..., 0] for t in layer]
         assert_close(kernels.expert_ffn(*strided, executed, "relu"), expected, 1e-5)
-
         x, *weights = layer
         assert kernels.expert_ffn(x.bfloat16(), *weights, executed, "relu").dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             for given in (x, x.bfloat16()):
                 assert_close(kernels.expert_ffn(given, *weights, executed, "relu").float(), expected, 2e-2)
                 assert kernels.linear(given, weights[0][0]).dtype == torch.bfloat16
-        if kernels.triton:
-            assert_close(kernels.triton_ffn(x.bfloat16().float(), *weights, executed, "relu"), expected, 2e-2)
 
 
 def test_linear_is_f_linear(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    torch.manual_seed(0)
     taken, rule = [], kernels.reading_is_slow  # whether `linear` did other than F.linear
     monkeypatch.setattr(kernels, "reading_is_slow", lambda *a: taken.append(rule(*a)) or taken[-1])
     rows = [(), (0,), (1,), (1, 1), (2, 3), (40,)]
@@ -316,13 +296,15 @@ def test_linear_is_f_linear(monkeypatch):
     assert set(taken) == ({True, False} if torch.backends.mkl.is_available() else {False})
 
     taken.clear()
-    x, w, b = torch.randn(3, 128), torch.randn(4096, 128, requires_grad=True), torch.randn(4096, requires_grad=True)
-    ours, theirs = (torch.autograd.grad(f(x, w, b).square().sum(), (w, b)) for f in (kernels.linear, F.linear))
-    assert all(map(torch.equal, ours, theirs))
-    x, w = torch.randn(2, 128, dtype=torch.float64, requires_grad=True), torch.randn(4096, 128, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: kernels.linear(x, w[:5]), x)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(kernels.linear(x.float(), w.float()), F.linear(x.float(), w.float()))
+    x, w, b = torch.randn(3, 128), torch.randn(4096, 128), torch.randn(4096)
+    for leaf in (x, w):
+        leaf.requires_grad_()
+        ours, theirs = (torch.autograd.grad(f(x, w, b).square().sum(), leaf)[0] for f in (kernels.linear, F.linear))
+        assert torch.equal(ours, theirs)
+        leaf.requires_grad_(False)
+    assert torch.allclose(kernels.linear(x, w.t().contiguous().t(), b), F.linear(x, w, b), atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.linear(x, w), F.linear(x, w))
     assert not any(taken)
 
 
@@ -344,7 +326,6 @@ def bfloat16_interpreter(monkeypatch):
 def test_triton_random_sweep(bfloat16_interpreter, monkeypatch):
     """Decoding and prefill, and prefill in chunks; twice, bit for bit the same"""
     draw = random.Random(0)
-    torch.manual_seed(0)
     for trial in range(40):
         N, d = draw.choice([1, 2, 5, 16, 17, 63, 140]), draw.randint(1, 150)
         E, h = draw.randint(1, 4), draw.randint(1, 140)
@@ -374,18 +355,18 @@ def test_triton_works_under_torch_compile_without_a_graph_break():
     torch.library.opcheck(kernels._triton_op, (*layer, executed, "relu"))
 
 
-def build(kernel, arch, types, constants, ones=()):
-    """Compiles a kernel for a GPU that need not be there; -> bytes spilled, machine code. Types by the arguments' names
-    (others: i32); pointers and sizes are divisible by 16, `ones` are 1 as in decoding."""
+def build(kernel, arch, dtype, **constants):
+    """Compiles a kernel for a GPU that need not be there; -> bytes spilled, machine code. All pointers and sizes but N
+    and S are divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {o: constants[o] for o in ("num_warps", "num_stages") if o in constants}
-    constants = {n: v for n, v in constants.items() if n not in options} | dict.fromkeys(ones, 1)
-    names = [p.name for p in kernel.params]
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    divisible = [i for i, n in enumerate(names) if n not in constants and n not in ("N", "S")]
+    options = {o: constants.pop(o) for o in ("num_warps", "num_stages") if o in constants}
+    types = {"executed_ptr": "*i1", "tokens_ptr": "*i32", "counts_ptr": "*i32"} | dict.fromkeys(constants, "constexpr")
+    type_of = lambda name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+    signature = {p.name: type_of(p.name) for p in kernel.params}
+    divisible = [i for i, name in enumerate(signature) if name not in constants and name not in ("N", "S")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
@@ -403,35 +384,27 @@ def build(kernel, arch, types, constants, ones=()):
 def compile_ahead_of_time(arch):
     """Compiles all kernels for a GPU; asserts what the machine code must show."""
     k = kernels
-    grouped = {"executed_ptr": "*i1", "tokens_ptr": "*i32", "counts_ptr": "*i32"}
-    build(k._group_tokens, arch, grouped, {"BLOCK": 8192, "num_warps": 8})
+    build(k._group_tokens, arch, "fp32", BLOCK=8192, num_warps=8)
     # Turing has neither bfloat16 nor, in Triton, tensor cores: it only decodes, and however well.
     half = "fp16" if arch == 75 else "bf16"
     for dtype, activation in (("fp32", "relu"), (half, "relu"), (half, "gelu")):
-        pointers = ("x_ptr", "w1_ptr", "b1_ptr", "w2_ptr", "a_ptr", "y_ptr", "partial_ptr")
-        types = dict.fromkeys(pointers, f"*{dtype}") | grouped
         config = k.FLOAT32 if dtype == "fp32" else k.HALF
         act, precision = {"ACTIVATION": activation}, {"PRECISION": "ieee"}
         decode = precision | {"BLOCK_E": 128, "BLOCK_N": k.DECODE_TOKENS}
-        builds = []
-        if arch != 75:
-            builds.append((k._prefill_experts, precision | act | config["experts"], ()))
+        builds = [(k._prefill_experts, precision | act | config["experts"])] if arch != 75 else []
         if activation == "relu":
-            builds.append((k._prefill_sum, {"BLOCK_D": 1024, "num_warps": 4}, ("S",)))
-            for ones in ((), ("N",)):
-                builds.append((k._decode_first, decode | act | config["first"], ones))
-                builds.append((k._decode_second, decode | config["second"], ones))
-        for kernel, constants, ones in builds:
-            spilled, code = build(kernel, arch, types, constants, ones)
-            if arch == 75:
-                continue
-            name = f"{arch} {dtype} {activation} {kernel.__name__} {ones}: "
-            assert spilled <= (64 if dtype == "fp32" else 0), name + f"{spilled} bytes of a thread's registers spilled"
-            if dtype == "fp32" or kernel is k._prefill_sum:
+            builds.append((k._prefill_sum, {"BLOCK_D": 1024, "num_warps": 4, "S": 1}))
+            for one in ({}, {"N": 1}):  # Triton makes an argument that is 1 a constant
+                builds.append((k._decode_first, decode | act | config["first"] | one))
+                builds.append((k._decode_second, decode | config["second"] | one))
+        for kernel, constants in builds:
+            spilled, code = build(kernel, arch, dtype, **constants)
+            name = f"{arch} {dtype} {kernel.__name__} {constants}: "
+            assert arch == 75 or spilled <= (64 if dtype == "fp32" else 0), name + f"{spilled} bytes spilled"
+            if arch == 75 or dtype == "fp32" or kernel is k._prefill_sum:
                 continue
             assert re.search(r"HMMA|HGMMA|UTCHMMA|v_mfma", code), name + "no matrix instructions"
-            if arch != "gfx942":
-                assert "LDGSTS.E.BYPASS.128" in code, name + "weights are not loaded by 16 bytes"
+            assert arch == "gfx942" or "LDGSTS.E.BYPASS.128" in code, name + "weights are not loaded by 16 bytes"
             if arch == 90 and kernel is k._prefill_experts:
                 assert "HGMMA" in code and "STG.E.128" in code, name + "no wgmma, or rows not stored by 16 bytes"
 
@@ -458,16 +431,15 @@ def test_the_benchmark_checks_first_and_then_measures(capsys, monkeypatch):
     out = capsys.readouterr().out
     checked = set(re.findall(r"^check (\w+)_ffn", out, flags=re.M))
     assert checked == {"masked", "dense", "sampled", "grouped", "expert"}
-    rows = re.findall(r"^ +(\d+) +([\d.]+)% +[\d.]+ +[\d.]+ +[\d.]+x$", out, flags=re.M)
-    assert rows == [(n, share) for n in ("1", "4") for share in ("100.0", "50.0", "25.0", "25.0")]
+    assert len(re.findall(r"^ +[14] +(?:100|50|25).0% +[\d.]+ +[\d.]+ +[\d.]+x$", out, flags=re.M)) == 8
     assert re.findall(r"^ +(\d+) (?: *[\d.]+x){8}$", out, flags=re.M) == ["128", "256", "384", "512", "768", "1024"]
     monkeypatch.setattr(kernels, "grouped_ffn", lambda x, *_: torch.ones_like(x))
     with pytest.raises(ArithmeticError, match="_ffn is wrong in torch.float32"):
         kernels.main()
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda"])
-        with pytest.raises(SystemExit, match="needs a GPU that torch sees"):
-            kernels.main()
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU that torch sees"):
+        kernels.main()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -492,39 +464,31 @@ for N in (1, 16, 300):
 # d2dmoe.py: the formulas
 
 
-def penalty_of(z, activation, penalty):
-    return d2dmoe.sparsity_penalty(z, kernels.ACTIVATIONS[activation](z), activation, penalty)
-
-
 def plain_hoyer(a):
     return (a.sum(-1) ** 2 / (a**2).sum(-1).clamp(min=1e-12)).mean()
 
 
-def test_penalties_by_hand():
+def test_penalties_by_hand_and_of_each_layer_in_training_alone(monkeypatch):
     a = torch.tensor([[3.0, 0.0, 4.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     assert torch.allclose(d2dmoe.square_hoyer(a), torch.tensor([49 / 25, 4.0, 1.0, 0.0]), atol=1e-5)
     assert torch.allclose(d2dmoe.square_hoyer(1e-3 * a), d2dmoe.square_hoyer(a), atol=1e-4)  # scaling does not lower it
-    z = torch.tensor([[-1.0, 3.0, 4.0], [2.0, -7.0, 0.0]])
-    assert torch.isclose(penalty_of(z, "relu", "hoyer"), torch.tensor((49 / 25 + 1) / 2))
-    assert torch.isclose(penalty_of(z, "relu", "l1"), torch.tensor((7 + 2) / 2))
-    assert penalty_of(z, "relu", "none") == 0
+    penalty_of = lambda z, act, penalty: d2dmoe.sparsity_penalty(z, kernels.ACTIVATIONS[act](z), act, penalty)
+    s = d2dmoe.DISPLACEMENT  # of a GELU, below 0
+    z = torch.tensor([[s - 5, s + 3.0, 1.0], [2.0, -7.0, 0.0]], requires_grad=True)
+    relu = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
+    gelu = torch.tensor([[0.0, 3.0, 1.0 - s], [2.0 - s, -7.0 - s, -s]])
+    for activation, penalized in (("relu", relu), ("gelu", gelu), ("gelu_tanh", gelu)):
+        assert torch.isclose(penalty_of(z, activation, "l1"), penalized.sum() / 2)
+        assert torch.isclose(penalty_of(z, activation, "hoyer"), plain_hoyer(penalized), rtol=1e-5)
+        assert penalty_of(z, activation, "none") == 0
+    penalty_of(z, "gelu", "l1").backward()
+    assert s < 0 and z.grad.tolist() == [[0.0, 0.5, 0.5], [0.5, 0.5, 0.5]]  # nothing is pushed below s
     z = torch.full((3, 8), -1.0, requires_grad=True)
     penalty_of(z, "relu", "hoyer").backward()
     assert torch.isfinite(z.grad).all()  # where nothing fires
 
-    s = d2dmoe.DISPLACEMENT  # of a GELU
-    z, b = torch.tensor([[s - 5, s + 3.0, 1.0]], requires_grad=True), torch.tensor([[0.0, 3.0, 1.0 - s]])
-    assert s < 0
-    for activation in ("gelu", "gelu_tanh"):
-        assert torch.isclose(penalty_of(z, activation, "l1"), b.sum(), rtol=1e-6)
-        assert torch.isclose(penalty_of(z, activation, "hoyer"), plain_hoyer(b), rtol=1e-5)
-    penalty_of(z, "gelu", "l1").backward()
-    assert z.grad.tolist() == [[0.0, 1.0, 1.0]]  # nothing pushes a pre-activation below s
-
-
-def test_the_penalty_is_computed_in_training_and_not_in_evaluation(monkeypatch):
     for activation, penalty in (("relu", "hoyer"), ("relu", "l1"), ("gelu", "hoyer")):
-        dense, idx = tiny_dense(activation=activation, penalty=penalty).train(), random_tokens()
+        dense, idx = tiny_dense(activation=activation, penalty=penalty).train(), torch.randint(257, (2, 16))
         _, penalties = dense(idx)
         dense.hidden(idx, inputs=(inputs := []))
         for block, read, value in zip(dense.transformer.h, inputs, penalties, strict=True):
@@ -536,33 +500,25 @@ def test_the_penalty_is_computed_in_training_and_not_in_evaluation(monkeypatch):
 
 
 def test_dynamic_k_is_the_papers_rule_and_top_k_takes_the_k_largest():
-    torch.manual_seed(0)
     norms = torch.rand(50, 9)
     for tau in (0.0, 0.1, 0.5, 0.9, 1.0):
-        executed = dynamic_k(norms, tau)
-        for r, row in zip(norms.tolist(), executed.tolist(), strict=True):
+        for r, row in zip(norms.tolist(), dynamic_k(norms, tau).tolist(), strict=True):
             limit = (1 - tau) * max(r)
             assert all(ran == (value >= limit) for value, ran in zip(r, row, strict=True) if abs(value - limit) > 1e-6)
-        assert executed.any(-1).all()
     assert dynamic_k(norms, 1.0).all() and (dynamic_k(norms, 0.0).sum(-1) == 1).all()
     examples = torch.tensor([[8, 3.9, 0.5, 0.3], [2, 1.9, 1.8, 1.7]])
     assert [dynamic_k(examples, tau).sum(-1).tolist() for tau in (0.95, 0.9, 0.5)] == [[3, 4], [2, 4], [1, 4]]
     assert top_k(examples, 2).tolist() == [[True, True, False, False]] * 2
     assert (top_k(torch.zeros(4, 6), 3).sum(-1) == 3).all()  # ties too
 
-
-def test_a_router_that_predicts_zero_nan_or_infinity_still_runs_an_expert():
+    norms[0], norms[1, 2], norms[2, 3], norms[3], norms[4] = math.nan, math.nan, math.inf, math.inf, 0
     moe = tiny_moe(tiny_dense())
     moe.layers()[0].router.fc2.weight.data[3] = math.nan
-    norms = torch.rand(6, 6)
-    norms[0], norms[1, 2], norms[2, 3], norms[3], norms[4] = math.nan, math.nan, math.inf, math.inf, 0
     for gate in (*(partial(dynamic_k, tau=tau) for tau in (0, 0.9, 1)), partial(top_k, k=2)):
-        assert gate(norms).any(-1).all()
-        assert all(executed.any(-1).all() for executed in moe(random_tokens(), gate)[1])
+        assert all(executed.any(-1).all() for executed in (gate(norms), *moe(torch.randint(257, (2, 16)), gate)[1]))
 
 
 def test_routers_are_two_layers_without_bias():
-    torch.manual_seed(0)
     x = torch.randn(5, 6)
     for router, inner, outer in (
         (Router(6, 4, 3), torch.relu, torch.abs),
@@ -573,10 +529,6 @@ def test_routers_are_two_layers_without_bias():
         assert [tuple(p.shape) for p in router.parameters()] == [(4, 6), (3, 4)]
         raw = inner(x @ router.fc1.weight.t()) @ router.fc2.weight.t()
         assert torch.allclose(router(x), outer(raw), atol=1e-6) and (router(x) >= 0).all()
-        if isinstance(router, Router):
-            assert torch.allclose(router.powered_norms(x), raw.abs())
-        else:
-            assert torch.allclose(router.logits(x), raw)
 
 
 def random_moe(activation="relu", router=None):
@@ -622,11 +574,13 @@ def test_a_moe_layer_sums_what_its_gate_selects(activation):
 
 @pytest.mark.parametrize("kind", ["dense", "experts", "attention"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_generate_gives_the_tokens_of_a_plain_loop(kind, temperature):
-    model, gate = models()[kind], partial(dynamic_k, tau=0.6)
+def test_generate_gives_the_tokens_of_a_plain_loop_and_its_cache_takes_any_pieces(kind, temperature):
+    model, gate, calls = models()[kind], partial(dynamic_k, tau=0.6), []
+    model.register_forward_hook(lambda *_: calls.append(1))
     prompt = torch.randint(257, (2, 5))
     generator = torch.Generator().manual_seed(3)
     out = list(d2dmoe.generate(model, prompt, 40, gate, temperature, 20, generator))  # past the context of 16
+    assert len(out) == len(calls) == 40  # not parts of the model are called: a compiled one runs compiled
     generator, idx = torch.Generator().manual_seed(3), prompt
     for token, executed in out:
         logits, aux = model(idx[:, -16:], gate)
@@ -637,67 +591,34 @@ def test_generate_gives_the_tokens_of_a_plain_loop(kind, temperature):
             kept = torch.where(logits >= logits.topk(20).values[:, -1:], logits, -math.inf)
             new = torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator)
         assert torch.equal(new, token)
-        if kind == "dense":
-            assert executed == []
-        else:
-            assert all(torch.equal(a, e[:, -1:]) for a, e in zip(executed, aux, strict=True))
+        expected = [] if kind == "dense" else [e[:, -1:] for e in aux]
+        assert len(executed) == len(expected) and all(map(torch.equal, executed, expected))
         idx = torch.cat((idx, new), dim=1)
-    assert len(out) == 40
+    for B, k in ((2, None), (2, 1), (2, 10**6), (0, 20)):
+        assert [t.shape for t, _ in d2dmoe.generate(model, prompt[:B], 2, gate, temperature, k)] == [(B, 1)] * 2
 
-
-def test_generate_runs_the_module_it_is_given_at_any_size():
-    model, idx, calls = models()["experts"], torch.tensor([[1, 2]]), []
-
-    class Counting(torch.nn.Module):  # like a compiled module, it passes attributes on
-        config, lm_head = model.config, model.lm_head
-
-        def forward(self, *args, **kwargs):
-            calls.append(1)
-            return model(*args, **kwargs)
-
-    texts = [[t.item() for t, _ in d2dmoe.generate(m, idx, 5, temperature=0)] for m in (Counting(), model)]
-    assert len(calls) == 5 and texts[0] == texts[1]
-    assert [t.shape for t, _ in d2dmoe.generate(model, idx[:0], 2)] == [(0, 1)] * 2  # a batch of none
-    assert [len(list(d2dmoe.generate(model, idx, 2, top_k_tokens=k))) for k in (None, 1, 10**6)] == [2, 2, 2]
-
-
-def test_a_cache_can_be_filled_in_pieces():
-    for model in models().values():
-        idx = torch.randint(257, (2, 12))
-        cache = d2dmoe.KVCache(model.config, 2)
-        pieces = [model.hidden(part, cache=cache)[0] for part in idx.split([4, 1, 7], dim=1)]
-        assert torch.allclose(torch.cat(pieces, dim=1), model.hidden(idx)[0], atol=1e-5) and cache.length == 12
-        assert "17 tokens do not fit into a context of 16" in refused(partial(model.hidden, cache=cache), idx[:, :5])
+    cache, idx = d2dmoe.KVCache(model.config, 2), torch.randint(257, (2, 12))
+    pieces = [model.hidden(part, cache=cache)[0] for part in idx.split([4, 1, 7], dim=1)]
+    assert torch.allclose(torch.cat(pieces, dim=1), model.hidden(idx)[0], atol=1e-5) and cache.length == 12
+    assert "17 tokens do not fit into a context of 16" in refused(partial(model.hidden, cache=cache), idx[:, :5])
 
 
 def test_layers_inputs_and_aux_are_in_one_order_and_attention_is_composed_of_its_projections():
-    dense = with_projection_mlps(tiny_dense())
-    moe = tiny_moe(dense)
+    linear, dense = tiny_dense(), with_projection_mlps(tiny_dense())
+    moe, idx, seen, inputs = tiny_moe(dense), torch.randint(257, (2, 16)), [], []
     named = [(b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp) for b in moe.transformer.h]
     assert [id(m) for m in moe.layers()] == [id(m) for five in named for m in five]
-    idx = random_tokens()
-    _, aux = moe.hidden(idx, partial(dynamic_k, tau=0.3), inputs=(inputs := []))
-    for layer, read, executed in zip(moe.layers(), inputs, aux, strict=True):
+    for layer in moe.layers():
+        layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    _, aux = moe.hidden(idx, partial(dynamic_k, tau=0.3), inputs=inputs)
+    for layer, read, executed, own in zip(moe.layers(), inputs, aux, seen, strict=True):
         r = (torch.relu(read @ layer.router.fc1.weight.t()) @ layer.router.fc2.weight.t()).abs()
         assert torch.equal(executed, r >= (1 - 0.3) * r.amax(-1, keepdim=True)) and not executed.all()
-
-    x, _ = moe.hidden(idx, inputs=(inputs := []))  # all experts: the dense MLPs, around an attention written by hand
-    stream = moe.transformer.wte(idx) + moe.transformer.wpe(torch.arange(16))
-    later = ~torch.ones(16, 16, dtype=torch.bool).tril()
-    for i, block in enumerate(dense.transformer.h):
-        *first_three, fourth, fifth = inputs[5 * i : 5 * i + 5]
-        normed = F.layer_norm(stream, (16,), block.ln_1.weight, block.ln_1.bias)
-        projections = (block.attn.q, block.attn.k, block.attn.v)
-        q, k, v = (p(normed)[0].view(2, 16, 2, 8).transpose(1, 2) for p in projections)  # [B, nh, T, hs]
-        scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(later, -math.inf)
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 16)
-        assert all(torch.allclose(read, normed, atol=1e-4) for read in first_three)
-        assert torch.allclose(fourth, mixed, atol=1e-4)
-        stream = stream + block.attn.o(mixed)[0]
-        normed = F.layer_norm(stream, (16,), block.ln_2.weight, block.ln_2.bias)
-        assert torch.allclose(fifth, normed, atol=1e-4)
-        stream = stream + block.mlp(normed)[0]
-    assert torch.allclose(x, moe.transformer.ln_f(stream), atol=1e-4)
+        assert torch.equal(read, own)
+    for block, attn in zip(linear.transformer.h, (b.attn for b in dense.transformer.h), strict=True):
+        block.attn.c_attn.forward = lambda x, a=attn: torch.cat([p(x)[0] for p in (a.q, a.k, a.v)], dim=-1)
+        block.attn.c_proj.forward = lambda x, a=attn: a.o(x)[0]
+    assert torch.allclose(linear(idx)[0], dense(idx)[0], atol=1e-5)
 
 
 def test_flops_by_hand():
@@ -719,15 +640,12 @@ def test_flops_by_hand():
 @pytest.mark.parametrize("kind", ["experts", "attention"])
 @torch.no_grad()
 def test_a_gated_model_compiles_and_exports_whole(kind):
-    class Gated(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = models()[kind]
-
+    class Gated(GPT):
         def forward(self, idx):
-            return self.model(idx, partial(dynamic_k, tau=0.7))[0]
+            return super().forward(idx, partial(dynamic_k, tau=0.7))[0]
 
-    gated, example, idx = Gated(), random_tokens(), random_tokens()
+    gated, example, idx = models()[kind], torch.randint(257, (2, 16)), torch.randint(257, (2, 16))
+    gated.__class__ = Gated
     for tokens in (idx, idx[:, :1]):
         torch._dynamo.reset()
         compiled = torch.compile(gated, fullgraph=True, backend="aot_eager")
@@ -754,55 +672,41 @@ def test_d2dmoe_is_read_from_top_to_bottom():
 
 def test_functions_raise_ordinary_exceptions_so_that_they_can_be_taught():
     dense, moe, mlp, norms = tiny_dense(), random_moe(), d2dmoe.MLP(10, 24, "relu", "none"), torch.rand(3, 4)
-    x, one, experts = torch.randn(3, 10), torch.tensor([[1]]), dict(num_experts=8, router_width=4)
-    masked = lambda x, executed=None, activation="relu": (
-        kernels.masked_ffn(x, moe.w1, moe.b1, moe.w2, executed, activation)
-    )
-    evaluate = lambda tokens, windows=4: train.evaluate(dense, np.array(tokens, np.uint16), windows)
-    generate = lambda idx=one, **options: list(d2dmoe.generate(dense, idx, 2, **options))
-    for call, message in (
-        (lambda: tiny_config(n_embd=15), "must be a multiple of n_head"),
-        (lambda: tiny_config(n_layer=0), "must be at least 1"),
-        (lambda: tiny_config(n_layer="2"), "n_layer must be of type int"),
-        (lambda: tiny_config(d_ff=-4), "d_ff"),
-        (lambda: tiny_config(activation="swish"), "activation must be one of"),
-        (lambda: tiny_config(projections="conv"), "projections must be one of"),
-        (lambda: tiny_config(router_power=0.0), "router_power"),
-        (lambda: tiny_config(layer_norm_epsilon=-1.0), "layer_norm_epsilon"),
-        (lambda: tiny_config(**experts | dict(num_experts=7)), "do not divide"),
-        (lambda: tiny_config(**experts | dict(num_experts=-8)), "do not divide"),
-        (lambda: tiny_config(**experts | dict(router_width=0)), "width must be at least 1"),
-        (lambda: tiny_config(projections="moe", projection_experts=5, projection_router_width=2), "do not divide"),
-        (lambda: d2dmoe.square_hoyer([1.0, 2.0]), ""),
-        (lambda: dynamic_k(norms, -0.1), "tau must be between 0 and 1"),
-        (lambda: dynamic_k(norms, 1.5), "tau must be between 0 and 1"),
-        (lambda: dynamic_k(norms, math.nan), "tau must be between 0 and 1"),
-        (lambda: top_k(norms, 0), "k must be between"),
-        (lambda: top_k(norms, 5), "k must be between"),
-        (lambda: Router(10, 5, 6)(torch.randn(3, 9)), ""),
-        (lambda: DynamicKMoE(10, 24, 7, "relu", Router(10, 5, 7)), "do not divide"),
-        (lambda: DynamicKMoE(10, 24, 0, "relu", Router(10, 5, 1)), "do not divide"),
-        (lambda: moe(torch.randn(1, 3, 9)), ""),
-        (lambda: masked(torch.randn(3, 9)), ""),
-        (lambda: masked(x, activation="swish"), ""),
-        (lambda: masked(x, torch.ones(2, 6, dtype=torch.bool)), ""),
-        (lambda: kernels.expert_ffn(x, moe.w1, moe.b1, moe.w2, None, "swish"), "one of relu, gelu, gelu_tanh"),
-        (lambda: d2dmoe.flops_per_token(tiny_config(**experts), 10, [3]), ""),  # one number for two layers
-        (lambda: generate(one[:, :0]), "prompt is empty"),
-        (lambda: generate(temperature=-1.0), "temperature must be at least 0"),
-        (lambda: generate(top_k_tokens=0), "top_k_tokens must be at least 1"),
-        (lambda: convert.balanced_kmeans(torch.randn(10, 3), 4, seed=0), "do not divide"),
-        (lambda: convert.balanced_kmeans(torch.randn(10, 3), 0, seed=0), "do not divide"),
-        (lambda: convert.split_mlp(mlp, moe, torch.zeros(24, dtype=torch.long)), "an assignment must give"),
-        (lambda: convert.split_mlp(mlp, moe, torch.arange(20) % 6), "an assignment must give"),
-        (lambda: convert.router_loss(moe, torch.randn(3, 9)), ""),
-        (lambda: evaluate([0] * 99, windows=0), "of 1 or more"),
-        (lambda: evaluate([0] * 16), "17 tokens"),
-        (lambda: evaluate([300] * 99), "token 300 lies outside the vocabulary of 257"),
-    ):
-        with pytest.raises(Exception) as error:  # SystemExit is no Exception
-            call()
-        assert str(error.value) and message in str(error.value)
+    experts, projections = dict(num_experts=8, router_width=4), dict(projections="moe", projection_router_width=2)
+    config = lambda changes=(), **more: partial(tiny_config, **dict(changes) | more)
+    evaluate = lambda tokens, windows: partial(train.evaluate, dense, np.array(tokens, np.uint16), windows)
+    clusters = lambda k: partial(convert.balanced_kmeans, torch.randn(10, 3), k, seed=0)
+    generate = lambda T=1, **options: lambda: list(d2dmoe.generate(dense, torch.ones(1, T).long(), 2, **options))
+    for message, calls in {
+        "n_embd and d_ff must be at least 1": [config(n_layer=0), config(d_ff=-4)],
+        "width must be at least 1": [
+            config(experts, router_width=0), config(projections, projection_experts=4, projection_router_width=0),
+        ],
+        "activation must be one of relu, gelu, gelu_tanh": [
+            config(activation="swish"), partial(kernels.expert_ffn, norms, moe.w1, moe.b1, moe.w2, None, "swish"),
+        ],
+        "projections must be one of": [config(projections="conv")],
+        "layer_norm_epsilon .* router_power": [config(layer_norm_epsilon=-1.0), config(router_power=0.0)],
+        "do not divide": [
+            config(experts, num_experts=7), config(experts, num_experts=-8), config(projections, projection_experts=5),
+            partial(DynamicKMoE, 10, 24, 7, "relu", None), partial(DynamicKMoE, 10, 24, 0, "relu", None),
+            clusters(4), clusters(0),
+        ],
+        "tau must be between 0 and 1": [partial(dynamic_k, norms, tau) for tau in (-0.1, 1.5, math.nan)],
+        "k must be between": [partial(top_k, norms, k) for k in (0, 5)],
+        "zip": [partial(d2dmoe.flops_per_token, tiny_config(**experts), 10, [3])],  # one number for two layers
+        "prompt is empty": [generate(T=0)],
+        "temperature must be at least 0": [generate(temperature=-1.0)],
+        "top_k_tokens must be at least 1": [generate(top_k_tokens=0)],
+        "an assignment must give": [
+            partial(convert.split_mlp, mlp, moe, a) for a in (torch.zeros(24, dtype=torch.long), torch.arange(20) % 6)
+        ],
+        "of 1 or more, and 17 tokens": [evaluate([0] * 99, windows=0), evaluate([0] * 16, windows=4)],
+        "token 300 lies outside the vocabulary of 257": [evaluate([300] * 99, windows=4)],
+    }.items():  # fmt: skip
+        for call in calls:
+            with pytest.raises(ValueError, match=message):
+                call()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,14 +765,11 @@ def assert_computes(source, weights, **kind):
     return model.lm_head.weight is model.transformer.wte.weight
 
 
-HF_CONFIG = {  # what transformers 5 writes for a GPT2Config, and two fields of older versions
+HF_CONFIG = {  # what transformers 5 writes for a GPT2Config, and at the end some of the fields that change nothing
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_embd": 32,
     "n_head": 8, "n_inner": None, "n_layer": 2, "n_positions": 16, "vocab_size": 257, "layer_norm_epsilon": 1e-05,
     "tie_word_embeddings": True, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False, "add_cross_attention": False, "attn_pdrop": 0.1, "embd_pdrop": 0.1,
-    "resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None, "use_cache": True,
-    "initializer_range": 0.02, "summary_activation": None, "summary_type": "cls_index", "dtype": "float32",
-    "transformers_version": "5.24.0", "n_ctx": 16, "task_specific_params": {"text-generation": {"max_length": 50}},
+    "add_cross_attention": False, "resid_pdrop": 0.1, "eos_token_id": 50256, "task_specific_params": {"a": {"b": 50}},
 }  # fmt: skip
 
 
@@ -890,7 +791,7 @@ def hf_folder(folder, weights, kind="bin", **changes):
     return folder
 
 
-def test_every_layout_of_a_hugging_face_folder_is_computed_exactly(tmp_path):
+def test_a_hugging_face_folder_in_every_layout_and_with_every_hyper_parameter_is_computed_exactly(tmp_path):
     weights = gpt2_weights()
     masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}  # older ones
     stored = {f"transformer.{k}": w for k, w in (weights | masks).items()}
@@ -906,14 +807,11 @@ def test_every_layout_of_a_hugging_face_folder_is_computed_exactly(tmp_path):
             assert_computes(next(folder.glob("*model*")), weights, n_head=8)
     stored["lm_head.weight"] = stored.pop("transformer.wte.weight")  # of the tied two either may be stored
     assert_computes(hf_folder(tmp_path / "head", stored), weights, n_head=8)
-    line = refused(load_model, hf_folder(tmp_path / "head", stored, tie_word_embeddings=False))
-    assert "does not hold a GPT-2" in line
+    untied = dict(tie_word_embeddings=False)
+    assert "does not hold a GPT-2" in refused(load_model, hf_folder(tmp_path / "head", stored, **untied))
 
-
-def test_hyper_parameters_that_weights_cannot_tell_come_from_config_json(tmp_path):
     left_out = dict.fromkeys(("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner"), "absent")
     mixture = dict(activation_function="relu", n_inner=24, n_head=4, layer_norm_epsilon=1e-3, resid_pdrop=0.0)
-    untied = dict(tie_word_embeddings=False)
     for changes, reference, sizes in (
         (dict(n_head=2), dict(n_head=2), dict()),
         (dict(activation_function="relu"), dict(activation="relu"), dict()),
@@ -930,33 +828,27 @@ def test_hyper_parameters_that_weights_cannot_tell_come_from_config_json(tmp_pat
 
 
 def test_a_hugging_face_folder_that_would_compute_something_else_is_refused_by_name(tmp_path):
-    folder, weights = tmp_path / "a", gpt2_weights(head=True)
-    untied = dict(tie_word_embeddings=False)
-    unknown = dict(
-        scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, add_cross_attention=True, auto_map={"a": "b"},
-        pruned_heads={"0": [1]}, quantization_config={"bits": 4}, activation_function="silu",
-    )  # fmt: skip
-    for name, value in unknown.items():
+    folder, weights, untied = tmp_path / "a", gpt2_weights(head=True), dict(tie_word_embeddings=False)
+    for name, value in (
+        ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False), ("scale_attn_weights", None),
+        ("add_cross_attention", True), ("auto_map", {"a": "b"}), ("pruned_heads", {"0": [1]}),
+        ("quantization_config", {"bits": 4}), ("activation_function", "silu"), ("activation_function", ["relu"]),
+    ):  # fmt: skip
         line = refused(load_model, hf_folder(folder, weights, **untied | {name: value}))
         assert name in line and str(value) in line and "not implemented here" in line
-    for changes, message in (
-        (dict(scale_attn_weights=None), "scale_attn_weights"),
-        (dict(activation_function=["relu"]), "activation_function"),
-        (dict(model_type="gpt_neo"), "a model of type gpt_neo: only GPT-2"),
-        (dict(model_type="absent"), "a model of type None"),
-        (dict(n_head="absent"), "lacks n_head"),
-        (dict(n_head=5), "multiple of n_head"),
-        (dict(n_head="8"), "n_head must be of type int"),
-        (dict(n_layer=3), "2 blocks for n_layer 3"),
-        (dict(n_inner=64), "fits its own sizes"),
-        (dict(vocab_size=300), "fits its own sizes"),
-        (dict(n_embd=64), "fits its own sizes"),
-        (dict(n_positions=32), "fits its own sizes"),
-        (dict(layer_norm_epsilon="x"), "layer_norm_epsilon must be of type"),
-        (dict(layer_norm_epsilon=0), "layer_norm_epsilon"),
-        (dict(tie_word_embeddings=True), "lm_head.weight differs from wte.weight"),
-    ):
-        assert message in refused(load_model, hf_folder(folder, weights, **untied | changes))
+    for message, wrong in {
+        "a model of type gpt_neo: only GPT-2": [dict(model_type="gpt_neo")],
+        "a model of type None": [dict(model_type="absent")],
+        "lacks n_head": [dict(n_head="absent")],
+        "multiple of n_head": [dict(n_head=5)],
+        "must be of type": [dict(n_head="8"), dict(layer_norm_epsilon="x")],
+        "layer_norm_epsilon must lie between": [dict(layer_norm_epsilon=0)],
+        "2 blocks for n_layer 3": [dict(n_layer=3)],
+        "fits its own sizes": [dict(n_inner=64), dict(vocab_size=300), dict(n_embd=64), dict(n_positions=32)],
+        "lm_head.weight differs from wte.weight": [dict(tie_word_embeddings=True)],
+    }.items():
+        for changes in wrong:
+            assert message in refused(load_model, hf_folder(folder, weights, **untied | changes))
     for text, message in (("{", "JSONDecodeError"), ("[]", "AttributeError")):
         (folder / "config.json").write_text(text)
         assert re.search(f"{folder} is not a checkpoint .*{message}", refused(load_model, folder))
@@ -976,7 +868,7 @@ def test_without_config_json_only_published_shapes_are_taken(tmp_path, monkeypat
         torch.save(wrong, tmp_path / "pytorch_model.bin")
         assert "tell neither n_head nor the activation: give the folder" in refused(load_model, tmp_path)
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", raising(ConnectionError("no route")))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", Mock(side_effect=ConnectionError("no route")))
     monkeypatch.chdir(tmp_path)
     assert "connect to the internet" in refused(load_model, "gpt2")
     weights = gpt2_weights()
@@ -1006,14 +898,11 @@ def test_nanogpts_checkpoints_are_computed_exactly(tmp_path):
     for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
         torch.save(nanogpt(weights, prefix, dropout=0.5, flash=False), tmp_path / "ckpt.pt")
         computes(weights=weights)
-    for changes, message in (  # of its forks
+    for changes, message in (  # the first three of its forks
         (dict(n_kv_head=2), "model_args set.* n_kv_head: not implemented"),
         (dict(activation="swiglu"), "activation: not implemented"),
         (dict(window=8, qk_norm=True), "qk_norm, window"),
-        (dict(n_head=3), "multiple of n_head"),
-        (dict(n_layer=10**9), "2 blocks for n_layer 1000000000"),
         (dict(block_size=99), "fits its own sizes"),
-        (dict(vocab_size="257"), "vocab_size must be of type int"),
     ):
         torch.save(nanogpt(weights, **changes), tmp_path / "ckpt.pt")
         assert re.search(message, refused(load_model, tmp_path)), changes
@@ -1024,7 +913,7 @@ def test_our_checkpoints_come_back_equal(tmp_path):
         "moefication": tiny_moe(tiny_dense(), router="moefication"),
         "untied": tiny_dense(tie_weights=False, activation="gelu", bias=False, d_ff=24),
     }
-    idx, gate = random_tokens(), partial(dynamic_k, tau=0.7)
+    idx, gate = torch.randint(257, (2, 16)), partial(dynamic_k, tau=0.7)
     for kind, model in (models() | others).items():
         path = tmp_path / kind / "ckpt.pt"
         d2dmoe.save_checkpoint(path, model, tokenizer="bytes", step=3)
@@ -1045,86 +934,61 @@ FIRST_EDITION = dict(
 )  # fmt: skip
 
 
-def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path):
-    dense, idx, weights = tiny_dense(), random_tokens(), gpt2_weights()
+def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path, monkeypatch):
+    dense, idx, weights, path = tiny_dense(), torch.randint(257, (2, 16)), gpt2_weights(), tmp_path / "ckpt.pt"
     state = dense.state_dict()
     ours = {"model": state, "config": FIRST_EDITION}
-    torch.save(ours, tmp_path / "ckpt.pt")
+    torch.save(ours, path)
     assert torch.equal(load_model(tmp_path)(idx)[0], dense(idx)[0])  # dense ones of the first edition load
     with_config = lambda **changes: ours | {"config": FIRST_EDITION | changes}
     with_weights = lambda **changes: ours | {"model": state | changes}
-    without = lambda name, content: {k: v for k, v in content.items() if k != name}
-    nan, ones = torch.full((16, 16), math.nan), torch.ones(257, 16)
-    bare = nanogpt(weights)["model"]
-    foreign_config = {"model": bare, "config": {"n_layer": 2, "n_head": 4, "n_embd": 32}}
-    lora = {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)}
-    llama = {"model.embed_tokens.weight": torch.zeros(8, 4), "model.norm.weight": torch.zeros(4)}
-    for content, message in (
-        (foreign_config, "lacks activation, bias, block_size, penalty, vocab_size"),
-        (ours | {"config": without("activation", FIRST_EDITION)}, "lacks activation"),
-        (with_config(rotary=True), "rotary: not implemented"),
-        (with_config(num_experts=8, router_width=4), "converted by an earlier version: run convert.py again"),
-        (with_config(n_head=2.0), "n_head must be of type int"),
-        (with_config(n_embd=32), "fits its own sizes"),
-        (with_config(n_layer=10**9), "2 blocks for n_layer 1000000000"),
-        (ours | {"model": without("transformer.ln_f.weight", state)}, "fits its own sizes"),
-        (with_weights(x=[1]), "is not a checkpoint"),
-        (ours | {"model": 5}, "is not a checkpoint"),
-        (with_weights(**{"lm_head.weight": ones}), "tied to wte, but their weights differ"),
-        (with_weights(**{"transformer.wpe.weight": nan}), "weights that are not finite"),
-        (bare, "nanoGPT's weights without .*n_head"),
-        ({"state_dict": bare, "epoch": 3}, "nanoGPT's weights without .*n_head"),
-        ({"model": bare, "epoch": 3}, "nanoGPT's weights without .*n_head"),
-        ({"model_state_dict": {f"module.{k}": w for k, w in bare.items()}}, "nanoGPT's weights without .*n_head"),
-        (weights, "tell neither n_head nor the activation: give the folder"),
-        (llama, "does not hold a GPT-2: it has model.embed"),
-        (lora, "PEFT adapter: merge it into its model"),
-        ({}, "does not hold a GPT-2"),
-        (weights | {"transformer.wte.weight": torch.ones(9)}, "does not hold a GPT-2"),
-        ([1, 2], "holds a list, not a checkpoint"),
-        (torch.zeros(3), "holds a Tensor, not a checkpoint"),
-        (dense, "object of d2dmoe.GPT, and loading objects can run code: save the state dict alone"),
-        (ours | {"args": argparse.Namespace(lr=1)}, "object of argparse.Namespace"),
-        (ours | {"loss": np.float64(1.5)}, "object of numpy"),
-        (ours | {"x": Evil(tmp_path / "executed")}, "object of (builtins|io|_io).open"),
-    ):
-        torch.save(content, tmp_path / "ckpt.pt")
-        line = refused(load_model, tmp_path)
-        assert re.search(message, line) and str(tmp_path) in line, line
+    without_ln_f = {k: w for k, w in state.items() if "ln_f" not in k}
+    bare, evil = nanogpt(weights)["model"], Evil(tmp_path / "executed")
+    for message, contents in {
+        "lacks activation, bias, block_size, penalty, vocab_size": [
+            {"model": bare, "config": {"n_layer": 2, "n_head": 4, "n_embd": 32}}],
+        "rotary: not implemented": [with_config(rotary=True)],
+        "converted by an earlier version: run convert.py again": [with_config(num_experts=8, router_width=4)],
+        "fits its own sizes": [with_config(n_embd=32), with_config(n_head=2.0), ours | {"model": without_ln_f}],
+        "2 blocks for n_layer 1000000000": [with_config(n_layer=10**9)],
+        "is not a checkpoint": [with_weights(x=[1]), ours | {"model": 5}],
+        "tied to wte, but their weights differ": [with_weights(**{"lm_head.weight": torch.ones(257, 16)})],
+        "not finite": [with_weights(**{"transformer.wpe.weight": torch.full((16, 16), math.nan)})],
+        "nanoGPT's weights without .*n_head": [
+            bare, {"state_dict": bare, "epoch": 3}, {"model": bare, "epoch": 3},
+            {"model_state_dict": {f"module.{k}": w for k, w in bare.items()}},
+        ],
+        "tell neither n_head nor the activation: give the folder": [weights],
+        "does not hold a GPT-2": [
+            {}, weights | {"transformer.wte.weight": torch.ones(9)}, {"model.norm.weight": torch.zeros(4)}],
+        "PEFT adapter: merge it into its model": [{"h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)}],
+        "holds a (list|Tensor), not a checkpoint": [[1, 2], torch.zeros(3)],
+        "object of d2dmoe.GPT, and loading objects can run code: save the state dict alone": [dense],
+        "object of argparse.Namespace": [ours | {"args": argparse.Namespace(lr=1)}],
+        "object of numpy": [ours | {"loss": np.float64(1.5)}],
+        "object of (builtins|io|_io).open": [ours | {"x": evil}],
+        "object of (builtins|io|_io).open|damaged": [pickle.dumps(evil)],
+        "does not hold a GPT-2|damaged": [pickle.dumps({"a": 1})],
+        "ckpt.pt is damaged or not a checkpoint": [b"", b"\x89PNG\r\n" * 99],
+    }.items():  # fmt: skip
+        for content in contents:
+            path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+            line = refused(load_model, tmp_path)
+            assert re.search(message, line) and str(tmp_path) in line, line
     assert not (tmp_path / "executed").exists()
 
-
-def test_what_is_no_checkpoint_is_refused_with_its_reason(tmp_path, monkeypatch):
-    folder, path, damaged = tmp_path / "a", tmp_path / "a/ckpt.pt", r"ckpt.pt is damaged or not a checkpoint"
-    assert "no checkpoint at" in refused(load_model, folder)
-    d2dmoe.save_checkpoint(path, tiny_dense())
-    good = path.read_bytes()
-    flipped = bytearray(good)
-    flipped[good.index(b"transformer.wte.weight") + 4000] ^= 4
-    for content, message in (
-        (b"", damaged),
-        (good[: len(good) // 2], damaged),
-        (bytes(flipped), damaged),
-        (b"\x89PNG\r\n" * 99, damaged),
-        (pickle.dumps({"a": 1}), "does not hold a GPT-2|damaged"),
-        (pickle.dumps(Evil(tmp_path / "executed")), "object of (builtins|io|_io).open|damaged"),
-    ):
-        path.write_bytes(content)
-        assert re.search(message, refused(load_model, folder))
-    assert not (tmp_path / "executed").exists()
     path.unlink()
-    assert f"no checkpoint at {path}: run train.py first" in refused(load_model, folder)
-    path.mkdir()
-    assert f"no checkpoint at {path}: run train.py first" in refused(load_model, folder)
-    path.rmdir()
-    os.mkfifo(path)  # a pipe is not waited for
-    assert f"no checkpoint at {path}: run train.py first" in refused(load_model, folder)
-    path.unlink()
-    (folder / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter: merge it into its model" in refused(load_model, folder)
+    nothing = lambda: None
+    for make, remove in ((nothing, nothing), (path.mkdir, path.rmdir), (partial(os.mkfifo, path), path.unlink)):
+        make()  # a pipe is not waited for
+        assert f"no checkpoint at {path}: run train.py first" in refused(load_model, tmp_path)
+        remove()
+    assert "no checkpoint at" in refused(load_model, tmp_path / "nowhere")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "PEFT adapter: merge it into its model" in refused(load_model, tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as Python has it for what cannot be imported
-    (hf_folder(folder, {}) / "model.safetensors").touch()
-    assert "needs a package: pip install safetensors" in refused(load_model, folder)
+    (hf_folder(tmp_path, {}) / "model.safetensors").touch()
+    assert "needs a package: pip install safetensors" in refused(load_model, tmp_path)
 
 
 def test_another_package_named_kernels_is_explained(tmp_path):
@@ -1172,32 +1036,20 @@ def encoded(data, out):
     return tokens_of(out), tokens_of(out, "val.bin")
 
 
-def test_tokenizers_of_bytes_and_of_characters():
-    tokenizer = train.load_tokenizer("bytes")
-    text = "h\u00e9llo\r\n\0 \U0001f600"
-    assert tokenizer.encode_ordinary(text) == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
-    assert (tokenizer.eot_token, tokenizer.n_vocab, train.vocabulary("bytes")) == (256, 257, 257)
-    alphabet = "\n !$09AZaz\u00e9\u4e2d\U0001f600"
-    tokenizer, text = train.load_tokenizer("characters:" + alphabet), "zA \u4e2d\n\U0001f600\u00e9!"
-    assert train.encode(tokenizer, text) == [alphabet.index(c) for c in text]
-    assert tokenizer.decode(train.encode(tokenizer, text)) == text
-    assert train.vocabulary("characters:" + alphabet) == len(alphabet)
-    assert "alphabet has no 'q'" in refused(train.encode, tokenizer, "aq")
-
-
 def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_not_run(tmp_path):
     letters = "\n abc\u00e9"
     data, evil = write_bins(tmp_path / "data", letters=letters), Evil(tmp_path / "executed")
     run_train(tmp_path / "out", "--data", data, "--steps", 1)
     assert saved(tmp_path / "out")["tokenizer"] == "characters:" + letters
     assert saved(tmp_path / "out")["config"]["vocab_size"] == 6
-    wrong = ([], {}, {"itos": 3}, {"itos": {0: "ab"}}, {"itos": {0: "a", 1: "a"}}, {"itos": {1: "a"}}, {"itos": {0: 7}})
-    for table in wrong:
-        (data / "meta.pkl").write_bytes(pickle.dumps(table))
-        assert "meta.pkl is not a character table of nanoGPT's" in refused(train.own_tokenizer, data)
-    for code in (evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}):
-        (data / "meta.pkl").write_bytes(pickle.dumps(code))
-        assert re.search(r"meta.pkl names (_?io|builtins).open: only dicts", refused(train.own_tokenizer, data))
+    wrong = [{0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
+    for message, tables in {
+        "is not a character table of nanoGPT's": [[], {}, *({"itos": itos} for itos in wrong)],
+        r"names (_?io|builtins).open: only dicts": [evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}],
+    }.items():
+        for table in tables:
+            (data / "meta.pkl").write_bytes(pickle.dumps(table))
+            assert re.search("meta.pkl " + message, refused(train.own_tokenizer, data))
     assert not (tmp_path / "executed").exists()
 
 
@@ -1226,7 +1078,13 @@ NOT_TEXT = [
 ]  # fmt: skip
 
 
-def test_every_tenth_file_is_held_out_and_what_is_not_text_is_left_out_and_counted(tmp_path, capsys):
+def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_held_out(tmp_path, capsys):
+    files = train.text_files("stdlib")
+    assert len(files) > 300 and files == sorted(files) and {f.suffix for f in files} == {".py"}
+    assert {"argparse.py", "ast.py"} <= {f.name for f in files}
+    folders = {part for f in files for part in f.relative_to(os.path.dirname(os.__file__)).parts}
+    assert not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & folders
+
     folder = tmp_path / "text"
     (folder / "earlier_run").mkdir(parents=True)
     for i in range(21):
@@ -1237,8 +1095,7 @@ def test_every_tenth_file_is_held_out_and_what_is_not_text_is_left_out_and_count
         (folder / name).write_text("x")
     (folder / "missing.txt").symlink_to(tmp_path / "nowhere")
     (folder / "loop").symlink_to(folder)
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
+    os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = encoded(folder, tmp_path / "out")
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
     assert set(tokens[1].tolist()) == {ord("a") + 9, ord("a") + 19, 256}
@@ -1264,14 +1121,6 @@ def test_of_a_single_file_every_byte_is_a_token_and_the_last_tenth_is_held_out(t
         assert (tmp_path / "train.bin").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_default_corpus_is_the_standard_library():
-    files = train.text_files("stdlib")
-    assert len(files) > 300 and files == sorted(files) and {f.suffix for f in files} == {".py"}
-    assert {"argparse.py", "ast.py"} <= {f.name for f in files}
-    folders = {part for f in files for part in f.relative_to(os.path.dirname(os.__file__)).parts}
-    assert not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & folders
-
-
 def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path):
     a, b, c = write_bins(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
     original = [tokens_of(a), tokens_of(a, "val.bin")]
@@ -1286,26 +1135,23 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
 
 
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
-    data = write_bins(tmp_path / "data")
-    for content, message in (
-        (b"\x93NUMPY\1\0" + bytes(900), "not a plain file of uint16"),
-        (np.array([20240520, 1, *range(900)], np.int32).tobytes(), "not a plain file of uint16"),  # llm.c's
-        (bytes(901), "not a plain file of uint16"),
-        (np.arange(200, dtype=np.uint32).tobytes(), "tokens of 32 bits or more"),
-        (np.arange(200, dtype=np.int64).tobytes(), "tokens of 32 bits or more"),
-        (b"to be or not to be " * 90, "holds text, not tokens"),
-        (np.arange(258, dtype=np.uint16).tobytes(), "token 257 lies outside the vocabulary of 257"),
-        (np.full(16, 200, np.uint16).tobytes(), "16 tokens are too few for a context of 16"),
-        (b"", "0 tokens are too few"),
-        (None, "is missing"),
-    ):
-        (data / "val.bin").unlink()
-        if content is not None:
-            (data / "val.bin").write_bytes(content)
-        assert re.search(f"val.bin.* {message}", refused(train.open_tokens, data, 16, 257))
+    path = write_bins(tmp_path) / "val.bin"
+    llm_c = np.array([20240520, 1, *range(900)], np.int32).tobytes()
+    for message, contents in {
+        "not a plain file of uint16": [b"\x93NUMPY\1\0" + bytes(900), llm_c, bytes(901)],
+        "tokens of 32 bits or more": [np.arange(200, dtype=wide).tobytes() for wide in (np.uint32, np.int64)],
+        "holds text, not tokens": [b"to be or not to be " * 90],
+        "token 257 lies outside the vocabulary of 257": [np.arange(258, dtype=np.uint16).tobytes()],
+        "(16|0) tokens are too few for a context of 16": [np.full(16, 200, np.uint16).tobytes(), b""],
+    }.items():
+        for content in contents:
+            path.write_bytes(content)
+            assert re.search(f"val.bin.* {message}", refused(train.open_tokens, tmp_path, 16, 257))
+    path.unlink()
+    assert "val.bin is missing" in refused(train.open_tokens, tmp_path, 16, 257)
 
 
-def test_batches_depend_on_seed_and_step_alone(monkeypatch):
+def test_batches_and_schedules_depend_on_seed_and_step_alone(monkeypatch):
     draws = [train.draw_offsets(1000, 12, 16, seed, step).tolist() for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(d) for d in draws}) == 4 and draws[0] == train.draw_offsets(1000, 12, 16, 0, 0).tolist()
     assert min(map(min, draws)) >= 0 and max(map(max, draws)) <= 1000 - 17
@@ -1325,8 +1171,6 @@ def test_batches_depend_on_seed_and_step_alone(monkeypatch):
         monkeypatch.setattr(train.dist, name, lambda value=value: value)
     assert "12 sequences per step do not divide among 5" in refused(batches)
 
-
-def test_schedules():
     rates = [train.learning_rate(s, 100, 1.0, 10) for s in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
@@ -1347,24 +1191,21 @@ def by_hand(model, tokens, windows, gate):
     return sum(losses) / len(losses), sum(shares) / len(shares)
 
 
-def test_evaluation_is_the_mean_loss_and_counts_experts():
+def test_evaluation_is_the_mean_loss_and_counts_experts_and_what_fires():
     moe, dense, gate = tiny_moe(tiny_dense()), tiny_dense().train(), partial(top_k, k=3)
     tokens = np.random.default_rng(0).integers(0, 257, 200).astype(np.uint16)
     loss, counts = train.evaluate(moe, tokens, windows=7, batch_size=3, gate=gate)
     assert loss == pytest.approx(by_hand(moe, tokens, 7, gate)[0], abs=1e-5)
     assert [c.tolist() for c in counts] == [[3] * 7 * 16] * 2
     assert train.evaluate(dense, tokens, 10**9)[1] == [] and dense.training  # not more windows than there are
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_sparsity_of_activations_by_plain_formula(activation):
-    model, x = tiny_dense(activation=activation), torch.randint(257, (3, 16))
-    zeros, effective = train.activation_sparsity(model, x)
-    model.hidden(x, inputs=(inputs := []))
-    reads = zip(model.layers(), inputs, strict=True)
-    a = torch.stack([kernels.ACTIVATIONS[activation](mlp.c_fc(read)).double() for mlp, read in reads])
-    assert 0 < zeros < 1 and zeros == pytest.approx((a <= 0).double().mean().item())
-    assert effective == pytest.approx(plain_hoyer(a.abs()).item(), rel=1e-4)
+    for activation in ("relu", "gelu"):
+        model, x = tiny_dense(activation=activation), torch.randint(257, (3, 16))
+        zeros, effective = train.activation_sparsity(model, x)
+        model.hidden(x, inputs=(inputs := []))
+        reads = zip(model.layers(), inputs, strict=True)
+        a = torch.stack([kernels.ACTIVATIONS[activation](mlp.c_fc(read)).double() for mlp, read in reads])
+        assert 0 < zeros < 1 and zeros == pytest.approx((a <= 0).double().mean().item())
+        assert effective == pytest.approx(plain_hoyer(a.abs()).item(), rel=1e-4)
 
 
 def test_a_training_step_is_the_papers_loss(trained, tmp_path):
@@ -1386,28 +1227,18 @@ def test_a_training_step_is_the_papers_loss(trained, tmp_path):
     assert [g["weight_decay"] for g in optimizer["param_groups"]] == [0.1, 0.0]
 
 
-def test_training_learns_and_its_progress_is_printed(trained, capsys, tmp_path):
-    assert run_train(tmp_path, "--data", trained / "text.txt", "--steps", 30, "--lr", 1e-2) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ ", line)]
-    assert [r[0] for r in rows] == ["10", "20", "30"] and all(len(r) == 7 for r in rows)
-    assert float(rows[-1][2]) < float(rows[0][2]) < math.log(257) + 0.5
-    checkpoint, val_loss = saved(tmp_path), train.evaluate(load_model(tmp_path), tokens_of(tmp_path, "val.bin"), 8)[0]
-    assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "bytes" and "--lr=0.01" in checkpoint["arguments"]
-    assert float(rows[-1][2]) == pytest.approx(val_loss, abs=1e-4)
-
-
-def test_resumed_and_uninterrupted_runs_end_alike(trained, tmp_path, monkeypatch, capsys):
+def test_a_run_learns_and_resumed_or_uninterrupted_ends_alike(trained, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = ["--data", trained / "text.txt", "--steps", 20, "--grad_accum", 2]
     run_train(whole, *arguments)
-    plain = train.save_checkpoint
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ ", line)]
+    val_loss = train.evaluate(load_model(whole), tokens_of(whole, "val.bin"), 8)[0]
+    assert [(r[0], len(r)) for r in rows] == [("10", 7), ("20", 7)] and abs(float(rows[1][1]) - val_loss) < 1
+    assert pytest.approx(val_loss, abs=1e-4) == float(rows[1][2]) < float(rows[0][2]) < math.log(257) + 0.5
 
-    def save_and_crash(*a, **k):
-        plain(*a, **k)
-        raise KeyError("crash right after the first save")
-
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(train, "save_checkpoint", save_and_crash)
+    crash = lambda text: re.match(" +10 ", text) and Mock(side_effect=KeyError("a crash after the first save"))()
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="after the first save"):
+        patch.setattr(train, "say", crash)
         run_train(parts, *arguments)
     assert saved(parts)["step"] == 10
     resume = (train.main, "--init", "resume", "--out", parts, "--device", "cpu")  # all else comes from the checkpoint
@@ -1429,8 +1260,10 @@ def test_resuming_takes_the_runs_options_and_refuses_what_the_checkpoint_decides
     args = train.parse_arguments([str(a) for a in (*resume, "--lr", 1e-4)])
     assert (args.steps, args.lr, args.alpha, args.seed, args.grad_accum) == (12, 1e-4, 0.25, 7, 2)
     assert (args.dtype, args.eval_windows) == ("bfloat16", 8)
-    different = dict(n_layer=(3, 2), n_head=(4, 2), n_embd=(32, 16), block_size=(8, 16), activation=("gelu", "relu"))
-    for option, (value, has) in (different | dict(penalty=("hoyer", "l1"))).items():
+    for option, value, has in (
+        ("n_layer", 3, 2), ("n_head", 4, 2), ("n_embd", 32, 16), ("block_size", 8, 16),
+        ("activation", "gelu", "relu"), ("penalty", "hoyer", "l1"),
+    ):  # fmt: skip
         line = refused(train.main, *resume, f"--{option}", value)
         assert f"--{option} cannot differ from the checkpoint, whose {option} is {has}" in line
     assert "tokens are spelled" in refused(train.main, *resume, "--tokenizer", "gpt2")
@@ -1450,9 +1283,8 @@ def test_relufication_and_a_shorter_context_start_from_another_models_weights(tr
     run(*start_from, "--activation", "relu", "--block_size", 8, "--penalty", "l1")
     model = load_model(tmp_path)
     assert (model.config.activation, model.config.block_size, model.config.penalty) == ("relu", 8, "l1")
-    expected = dense.state_dict()
-    expected["transformer.wpe.weight"] = expected["transformer.wpe.weight"][:8]
-    assert_same_weights(model.state_dict(), expected)
+    shorter = {"transformer.wpe.weight": dense.transformer.wpe.weight[:8]}
+    assert_same_weights(model.state_dict(), dense.state_dict() | shorter)
     assert "block_size 99 is longer than the checkpoint's 16" in refused(*start_from, "--block_size", 99)
     assert "--n_embd cannot differ" in refused(*start_from, "--n_embd", 32)
 
@@ -1477,28 +1309,23 @@ def test_options_and_presets(capsys):
         assert end.value.code == 0 and "examples:" in text and text.count("default:") > 8
 
 
-def test_two_runs_with_one_seed_are_identical(trained, tmp_path, capsys):
-    texts = []
-    for out in (tmp_path / "a", tmp_path / "b"):
-        run_train(out, "--data", trained / "text.txt", "--steps", 10, "--seed", 5)
-        run_convert(out, "--split", "coactivation", "--attention")
-        capsys.readouterr()
-        run(sample.main, "--ckpt", out, "--max_new_tokens", 30, "--device", "cpu")
-        texts.append(capsys.readouterr().out.partition("FLOPs;")[0])  # without the speed
-    for file in ("ckpt.pt", "d2dmoe.pt"):
-        assert_same_weights(saved(tmp_path / "a", file)["model"], saved(tmp_path / "b", file)["model"])
-    assert texts[0] == texts[1]
-
-
-def test_pieces_of_a_step_and_two_processes_add_up_to_one(trained, tmp_path):
-    one, pieces, two = tmp_path / "one", tmp_path / "pieces", tmp_path / "two"
-    arguments = ["--data", trained / "text.txt", "--steps", 20]
+def test_a_step_in_pieces_in_two_processes_compiled_or_in_bfloat16_is_the_same_step(trained, tmp_path):
+    one, two, arguments = tmp_path / "one", tmp_path / "two", ["--data", trained / "text.txt", "--steps", 20]
     run_train(one, *arguments, "--batch_size", 12)
-    run_train(pieces, *arguments, "--grad_accum", 3)  # 4, 4, 4 sequences; each of two processes: 4 and 2
+    run_train(tmp_path / "pieces", *arguments, "--grad_accum", 3)  # 4, 4, 4 sequences; each of two processes: 4 and 2
+    run_train(tmp_path / "bfloat16", *arguments, "--batch_size", 12, "--dtype", "bfloat16")
     out = output_of(torchrun("train.py", *TINY, *arguments, "--grad_accum", 3, "--out", two))
     assert out.count("wrote") == 1 and "2 process(es)" in out
-    assert_same_weights(saved(one)["model"], saved(pieces)["model"], 1e-5)
-    assert_same_weights(saved(one)["model"], saved(two)["model"], 1e-5)
+    tolerances = {"pieces": 1e-5, "two": 1e-5, "bfloat16": 0.05}
+    if shutil.which("g++") or shutil.which("clang++"):
+        run_train(tmp_path / "compiled", *arguments, "--batch_size", 12, "--compile")
+        tolerances["compiled"] = 1e-4
+    exact = saved(one)["model"]
+    for name, tolerance in tolerances.items():
+        weights = saved(tmp_path / name)["model"]
+        assert_same_weights(exact, weights, tolerance)
+        assert all(w.dtype == torch.float32 for w in weights.values())
+    assert any((w != exact[n]).any() for n, w in saved(tmp_path / "bfloat16")["model"].items())
     run_train(two, "--init", "resume", "--steps", 25)
     assert saved(two)["step"] == 25
     output_of(torchrun("convert.py", *CONVERT, "--finetune", 5, "--ckpt", one, "--out", two))
@@ -1506,26 +1333,11 @@ def test_pieces_of_a_step_and_two_processes_add_up_to_one(trained, tmp_path):
     assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(two, "d2dmoe.pt")["model"], 1e-4)
 
 
-def test_bfloat16_and_compile_train_too(trained, tmp_path):
-    arguments = ["--data", trained / "text.txt", "--steps", 10]
-    run_train(tmp_path / "bfloat16", *arguments, "--dtype", "bfloat16")
-    run_train(tmp_path / "eager", *arguments)
-    weights, exact = saved(tmp_path / "bfloat16")["model"], saved(tmp_path / "eager")["model"]
-    assert all(w.dtype == torch.float32 for w in weights.values())
-    assert 0 < max((w - exact[n]).abs().max() for n, w in weights.items()) < 0.05
-    if shutil.which("g++") or shutil.which("clang++"):
-        run_train(tmp_path / "compiled", *arguments, "--compile")
-        assert_same_weights(saved(tmp_path / "compiled")["model"], exact, 1e-4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # convert.py
 
-PAIRS = [torch.tensor(a) for a in itertools.product(range(3), repeat=6) if all(a.count(c) == 2 for c in range(3))]
 
-
-def test_balanced_kmeans_fills_every_cluster_and_finds_planted_ones():
-    torch.manual_seed(0)
+def test_balanced_kmeans_fills_every_cluster_finds_planted_ones_and_is_near_the_best():
     for n, k in ((12, 3), (64, 64), (30, 1), (24, 6)):
         points = torch.randn(n, 5) if k != 6 else torch.ones(n, 5)  # these are all equal
         assignment = convert.balanced_kmeans(points, k, seed=0)
@@ -1538,47 +1350,19 @@ def test_balanced_kmeans_fills_every_cluster_and_finds_planted_ones():
     centers = convert.spread_centers(points, 8, torch.Generator().manual_seed(0))
     assert sorted(centers.argmax(1).tolist()) == [*range(8)]  # one in each cluster, before any iteration
 
-
-def test_balanced_kmeans_and_its_auction_are_near_the_best_of_all_assignments():
-    torch.manual_seed(0)
+    pairs = [torch.tensor(a) for a in set(itertools.permutations((0, 0, 1, 1, 2, 2)))]  # all assignments of 6 to 3
     squares = lambda points, a: sum(((points[a == c] - points[a == c].mean(0)) ** 2).sum().item() for c in range(3))
     sets = torch.randn(20, 6, 2)
-    best = sum(min(squares(points, a) for a in PAIRS) for points in sets)
+    best = sum(min(squares(points, a) for a in pairs) for points in sets)
     ours = sum(squares(points, convert.balanced_kmeans(points, 3, seed=0)) for points in sets)
     assert best <= ours + 1e-3 < 1.03 * best
     for score in torch.randn(20, 6, 3):
         total = lambda a: score[torch.arange(6), a].sum().item()
         a = convert.assign_balanced(score, torch.zeros(3), epsilon=1e-4)
-        assert total(a) >= max(map(total, PAIRS)) - 6 * 1e-4 - 1e-5
+        assert total(a) >= max(map(total, pairs)) - 6 * 1e-4 - 1e-5
 
 
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
-def test_splitting_loses_nothing(activation):
-    for bias in (True, False):
-        dense, idx = tiny_dense(bias=bias, activation=activation), random_tokens()
-        for source in (dense, with_projection_mlps(dense)):
-            assert_close(tiny_moe(source)(idx)[0], source(idx)[0].double(), 1e-5)
-
-
-def test_experts_are_the_clusters():
-    dense, sample = tiny_dense(), torch.randint(257, (4, 16))
-    moe = tiny_moe(dense)
-    dense.hidden(sample, inputs=(inputs := []))
-    for tokens in (None, sample):
-        convert.split_model(dense, moe, tokens, seed=0)
-        for mlp, layer, read in zip(dense.layers(), moe.layers(), inputs, strict=True):
-            features = convert.weight_features(mlp)
-            if tokens is not None:
-                features = convert.coactivation_features(mlp, read.flatten(0, 1))
-            assignment = convert.balanced_kmeans(features, 8, seed=0)
-            for e in range(8):
-                members = assignment == e
-                assert torch.equal(layer.w1[e], mlp.c_fc.weight[members])
-                assert torch.equal(layer.w2[e], mlp.c_proj.weight[:, members].t())
-
-
-def test_features_of_neurons():
-    torch.manual_seed(0)
+def test_splitting_loses_nothing_and_experts_are_the_clusters_of_features_by_plain_formula():
     mlp, x = d2dmoe.MLP(6, 20, "relu", "none"), torch.randn(50, 6)
     w = mlp.c_fc.weight
     assert torch.allclose(convert.weight_features(mlp), w / w.norm(dim=1, keepdim=True))
@@ -1590,9 +1374,26 @@ def test_features_of_neurons():
     first, second = (convert.coactivation_features(mlp, x, rank=3) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (20, 3) and torch.equal(torch.get_rng_state(), before)
 
+    for bias, activation in itertools.product((True, False), kernels.ACTIVATIONS):
+        dense, idx = tiny_dense(bias=bias, activation=activation), torch.randint(257, (2, 16))
+        for source in (dense, with_projection_mlps(dense)):
+            assert_close(tiny_moe(source)(idx)[0], source(idx)[0].double(), 1e-5)
+    dense, idx = tiny_dense(), torch.randint(257, (4, 16))
+    moe = tiny_moe(dense)
+    dense.hidden(idx, inputs=(inputs := []))
+    for tokens in (None, idx):
+        convert.split_model(dense, moe, tokens, seed=0)
+        for mlp, layer, read in zip(dense.layers(), moe.layers(), inputs, strict=True):
+            features = convert.weight_features(mlp)
+            if tokens is not None:
+                features = convert.coactivation_features(mlp, read.flatten(0, 1))
+            assignment = convert.balanced_kmeans(features, 8, seed=0)
+            for e in range(8):
+                assert torch.equal(layer.w1[e], mlp.c_fc.weight[assignment == e])
+                assert torch.equal(layer.w2[e], mlp.c_proj.weight[:, assignment == e].t())
+
 
 def test_router_losses_by_plain_formula():
-    torch.manual_seed(0)
     x = torch.randn(9, 10)
     for power in (1.0, 0.5, 2.0):
         moe = random_moe(router=Router(10, 5, 6, power))
@@ -1602,19 +1403,15 @@ def test_router_losses_by_plain_formula():
         loss.backward()
         with_gradient = {n for n, p in moe.named_parameters() if p.grad is not None}
         assert with_gradient == {"router.fc1.weight", "router.fc2.weight"}
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_moefications_label_is_divided_by_the_largest_sum_of_the_whole_batch(activation):
-    torch.manual_seed(0)
-    x, moe = torch.randn(9, 10), random_moe(activation, d2dmoe.MoEficationRouter(10, 5, 6))
-    z = torch.einsum("nd,ehd->neh", x, moe.w1) + moe.b1
-    mass = kernels.ACTIVATIONS[activation](z).clamp(min=0).sum(-1)
-    share = mass / max(mass.flatten().tolist())
-    p = torch.sigmoid(torch.tanh(x @ moe.router.fc1.weight.t()) @ moe.router.fc2.weight.t())
-    expected = -(share * p.log() + (1 - share) * (1 - p).log()).mean()
-    assert torch.isclose(convert.moefication_loss(moe, x), expected, rtol=1e-3)
-    assert (share.amax(-1) < 1).any()  # a token's own largest is not 1
+    for activation in ("relu", "gelu"):
+        moe = random_moe(activation, d2dmoe.MoEficationRouter(10, 5, 6))
+        z = torch.einsum("nd,ehd->neh", x, moe.w1) + moe.b1
+        mass = kernels.ACTIVATIONS[activation](z).clamp(min=0).sum(-1)
+        share = mass / max(mass.flatten().tolist())
+        p = torch.sigmoid(torch.tanh(x @ moe.router.fc1.weight.t()) @ moe.router.fc2.weight.t())
+        expected = -(share * p.log() + (1 - share) * (1 - p).log()).mean()
+        assert torch.isclose(convert.moefication_loss(moe, x), expected, rtol=1e-3)
+        assert (share.amax(-1) < 1).any()  # a token's own largest is not 1: it is divided by the whole batch's
 
 
 @torch.no_grad()
@@ -1720,63 +1517,41 @@ def test_a_finetuning_that_diverges_costs_no_routers(trained, tmp_path, capsys):
     assert_same_weights(kept["model"], without["model"], 0)
 
 
-class TrueNorms(torch.nn.Module):
-    """A router that computes the definition"""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = [layer]  # in a list, or it would be a part of itself
-
-    def forward(self, x):
-        return true_norms(self.layer[0], x)
-
-
 def test_the_table_is_the_model_measured_by_hand(trained):
-    dense, moe, val = load_model(trained / "ckpt.pt"), load_model(trained), tokens_of(trained, "val.bin")
-    with open(trained / "cost_vs_loss.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    dense, moe, cheat = load_model(trained / "ckpt.pt"), load_model(trained), load_model(trained)
+    for layer in cheat.layers():
+        layer.router.forward = partial(true_norms, layer)
+    rows, val = convert.read_table(trained), tokens_of(trained, "val.bin")
     assert [r["rule"] for r in rows] == ["dynamic_k", "top_k", "oracle"] * 3
-    assert [float(r["value"]) for r in rows if r["rule"] != "top_k"] == [1, 1, 0.9, 0.9, 0.5, 0.5]
+    assert [r["value"] for r in rows if r["rule"] != "top_k"] == [1, 1, 0.9, 0.9, 0.5, 0.5]
     dense_loss, _ = by_hand(dense, val, 8, None)
     fixed = 2 * (2 * 8.5 * 16 + 4 * 16 * 16) + 257 * 16  # attention over (1 + ... + 16) / 16 tokens, LM head
     mlps, routers = 2 * 64 * 2 * 16, 2 * (16 * 4 + 4 * 8)
-    layers = moe.layers()
-    own_routers = [layer.router for layer in layers]
     for row in rows:
-        rule, value = row["rule"], float(row["value"])
+        rule, value = row["rule"], row["value"]
         gate = None if value == 1 else partial(dynamic_k, tau=value)
         if rule == "top_k" and value < 1:
             gate = partial(top_k, k=math.ceil(8 * value - 1e-6))
-        for layer, router in zip(layers, own_routers, strict=True):
-            layer.router = TrueNorms(layer) if rule == "oracle" else router
-        loss, executed = by_hand(moe, val, 8, gate)
-        assert float(row["dense_loss"]) == pytest.approx(dense_loss, abs=1e-5) and row["recipe"] == "paper E=8 r=4"
-        assert float(row["loss"]) == pytest.approx(loss, abs=1e-3 if rule == "oracle" else 1e-5)
-        assert float(row["executed"]) == pytest.approx(executed, abs=2e-3 if rule == "oracle" else 1e-6)
-        cost = fixed + float(row["executed"]) * mlps + (routers if gate else 0)  # no router is asked at tau 1
-        assert float(row["flops"]) == pytest.approx(cost / (fixed + mlps))
-        assert float(row["time"]) > 0 or rule != "dynamic_k"
-    assert float(rows[0]["executed"]) == float(rows[0]["flops"]) == 1 > float(rows[6]["executed"])
-    assert float(rows[0]["loss"]) == pytest.approx(dense_loss, abs=1e-4)
-
-
-def test_oracles_leave_the_routers_alone_and_a_share_of_the_experts_is_rounded_up():
-    moe, x, norms = tiny_moe(tiny_dense()), torch.randn(5, 16), torch.rand(5, 8)
-    cheat = convert.with_oracles(moe)
-    for layer, own in zip(cheat.layers(), moe.layers(), strict=True):
-        assert torch.allclose(layer.router(x), true_norms(own, x), rtol=1e-3) and isinstance(own.router, Router)
-        assert layer.w1 is own.w1 and layer.w2 is own.w2
-    for share, k in ((0.25, 2), (0.26, 3), (0.3750001, 3), (1.0, 8), (0.01, 1)):
-        assert torch.equal(convert.top_share(norms, share), top_k(norms, k))
+        loss, executed = by_hand(cheat if rule == "oracle" else moe, val, 8, gate)
+        assert row["dense_loss"] == pytest.approx(dense_loss, abs=1e-5) and row["recipe"] == "paper E=8 r=4"
+        assert row["loss"] == pytest.approx(loss, abs=1e-3 if rule == "oracle" else 1e-5)
+        assert row["executed"] == pytest.approx(executed, abs=2e-3 if rule == "oracle" else 1e-6)
+        cost = fixed + row["executed"] * mlps + (routers if gate else 0)  # no router is asked at tau 1
+        assert row["flops"] == pytest.approx(cost / (fixed + mlps))
+        assert row["time"] > 0 or rule != "dynamic_k"
+    assert rows[0]["executed"] == rows[0]["flops"] == 1 > rows[6]["executed"]
+    assert rows[0]["loss"] == pytest.approx(dense_loss, abs=1e-4)
+    assert all(a.w1 is b.w1 for a, b in zip(convert.with_oracles(moe).layers(), moe.layers(), strict=True))  # no copy
+    for share, k in ((0.25, 2), (0.26, 3), (0.3750001, 3), (1.0, 8), (0.01, 1)):  # rounded up
+        assert torch.equal(convert.top_share(norms := torch.rand(5, 8), share), top_k(norms, k))
 
 
 def test_costs_are_read_off_the_curve_by_interpolation(capsys):
-    columns = ("rule", "executed", "flops", "loss")
     curve = [
         ("dynamic_k", 1.0, 1.0, 2.0), ("dynamic_k", 0.5, 0.7, 2.02), ("dynamic_k", 0.25, 0.5, 2.06),
         ("top_k", 1.0, 1.0, 2.0), ("top_k", 0.5, 0.8, 2.4), ("oracle", 1.0, 1.0, 2.0), ("oracle", 0.2, 0.3, 2.01),
     ]  # fmt: skip
-    points = [dict(zip(columns, row, strict=True)) for row in curve]
+    points = [dict(zip(("rule", "executed", "flops", "loss"), row, strict=True)) for row in curve]
     assert convert.cost_at(points, "dynamic_k", 2.03) == pytest.approx((0.4375, 0.65))
     assert convert.cost_at(points, "dynamic_k", 3.0) is convert.cost_at(points, "dynamic_k", 1.9) is None
     convert.print_read_off(points, 2.0)
@@ -1788,13 +1563,13 @@ def test_costs_are_read_off_the_curve_by_interpolation(capsys):
 def test_tables_come_back_and_an_earlier_one_keeps_another_name(tmp_path, capsys):
     path = tmp_path / "cost_vs_loss.csv"
     numbers = dict(value=0.1, executed=1 / 3, flops=0.75, time=1.5, loss=2.0, dense_loss=1.5)
-    point = dict(recipe='a, \x1b[31m"b"', rule="top_k", text="t") | numbers
-    convert.write_table(path, [point])
-    assert convert.read_table(tmp_path) == [point]
-    convert.write_table(path, [point | {"value": 0.2}, point | {"loss": math.nan}])
-    assert convert.read_table(tmp_path) == [point | {"value": 0.2}]  # what is not finite cannot be drawn
+    first = dict(recipe='a, \x1b[31m"b"', rule="top_k", text="t") | numbers
+    second = first | {"value": 0.2}
+    convert.write_table(path, [first])
+    convert.write_table(path, [second, first | {"loss": math.nan}])  # what is not finite cannot be drawn
+    assert convert.read_table(tmp_path) == [second] and "the earlier table stays as" in capsys.readouterr().out
     shutil.copy(tmp_path / "cost_vs_loss-previous.csv", path)
-    assert convert.read_table(tmp_path) == [point] and "the earlier table stays as" in capsys.readouterr().out
+    assert convert.read_table(tmp_path) == [first]
     damaged = ",".join(convert.COLUMNS) + "\nx,top_k,1,oops,1,1,2,2,t\n"
     for content in (b"", b"a,b\n1,2\n", b"\xff\xfe" * 50, damaged.encode()):
         path.write_bytes(content)
@@ -1856,13 +1631,11 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     assert "is a dense model" in refused(*arguments)
     shutil.copy(trained / "d2dmoe.pt", tmp_path)
     checkpoint = saved(tmp_path)
-    checkpoint["model"]["transformer.wte.weight"][0, 0] += 1  # trained again since (the head is tied to it)
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert "was not converted from the model in" in refused(*arguments)
-    wte = checkpoint["model"]["transformer.wte.weight"].t().contiguous().t()  # any layout can be read
-    checkpoint["model"] |= {"transformer.wte.weight": wte, "lm_head.weight": wte}
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert "was not converted from the model in" in refused(*arguments)
+    wte = checkpoint["model"]["transformer.wte.weight"] + 1  # trained again since
+    for layout in (wte, wte.t().contiguous().t()):  # any layout can be read
+        checkpoint["model"] |= {"transformer.wte.weight": layout, "lm_head.weight": layout}
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        assert "was not converted from the model in" in refused(*arguments)
     (tmp_path / "d2dmoe.pt").unlink()
     assert "no checkpoint at" in refused(*arguments)
 
@@ -1880,13 +1653,12 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, tmp_path, cap
 
 
 def test_export_writes_a_gpt2_of_hugging_faces_that_computes_the_same(tmp_path):
-    idx, other = random_tokens(), dict(tie_weights=False, activation="gelu_tanh", d_ff=48, layer_norm_epsilon=1e-3)
-    for name, changes, theirs in (  # activations by transformers' own names
-        ("a", dict(), "relu"),
-        ("b", dict(bias=False, activation="gelu", n_head=4), "gelu"),
-        ("c", other, "gelu_new"),
-    ):
-        dense, folder = tiny_dense(**changes), tmp_path / name
+    idx = torch.randint(257, (2, 16))
+    for changes, theirs in (  # activations by transformers' own names
+        (dict(), "relu"), (dict(bias=False, activation="gelu", n_head=4), "gelu"),
+        (dict(tie_weights=False, activation="gelu_tanh", d_ff=48, layer_norm_epsilon=1e-3), "gelu_new"),
+    ):  # fmt: skip
+        dense, folder = tiny_dense(**changes), tmp_path / theirs
         c, expected = dense.config, dense(idx)[0]
         d2dmoe.save_checkpoint(tmp_path / "ckpt.pt", dense)
         export = (convert.main, "--ckpt", tmp_path / "ckpt.pt", "--export", folder)
@@ -1901,20 +1673,15 @@ def test_export_writes_a_gpt2_of_hugging_faces_that_computes_the_same(tmp_path):
         assert "holds a model already: --export takes a new folder" in refused(*export)
 
 
-def test_foreign_checkpoints_convert(trained, tmp_path):
-    weights, idx = gpt2_weights(), random_tokens()
-    torch.save(nanogpt(weights), tmp_path / "nano.pt")
-    hf_folder(tmp_path / "hf", weights)
-    text = ["--data", trained / "text.txt", "--tokenizer", "bytes"]
-    for name, kind, data in (
-        ("nano.pt", dict(n_head=4, activation="gelu"), ["--data", trained]),
-        ("hf", dict(n_head=8), text),
-    ):
-        ckpt = tmp_path / name
-        assert "give their folder, or text, as --data" in refused(convert.main, *CONVERT, "--ckpt", ckpt)
-        run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", tmp_path / "out", *data)
-        expected = plain_gpt2(weights, idx, **kind)
-        assert (load_model(tmp_path / "out")(idx)[0].double() - expected).abs().max() < 1e-3
+def test_a_hugging_face_model_converts_on_bins_or_text_of_its_tokens(trained, tmp_path):
+    weights, idx, out = gpt2_weights(), torch.randint(257, (2, 16)), tmp_path / "out"
+    ckpt, expected = hf_folder(tmp_path / "hf", weights), plain_gpt2(weights, idx, n_head=8)
+    copy_run(trained, out)
+    assert "give their folder, or text, as --data" in refused(convert.main, *CONVERT, "--ckpt", ckpt)
+    for data in ([trained], [write_text(tmp_path / "other.txt", seed=1), "--tokenizer", "bytes"]):
+        run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", out, "--data", *data)
+        assert (load_model(out)(idx)[0].double() - expected).abs().max() < 1e-3
+    assert np.array_equal(tokens_of(out), tokens_of(trained))  # text is not encoded over the tokens of a run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1974,7 +1741,7 @@ def test_at_tau_1_no_router_is_asked_and_the_text_is_the_dense_models(trained, c
     assert ours.startswith(text + "\n\ntau") and re.search(r": \d+ tokens/s\n$", remark) and "executed" not in dense
 
 
-def test_prompts_and_the_end_of_text(tmp_path, capsys, monkeypatch):
+def test_prompts_the_end_of_text_and_control_characters(tmp_path, capsys, monkeypatch):
     path, end = speaking(tmp_path / "a.pt", ord("a")), speaking(tmp_path / "end.pt", 256)
     monkeypatch.setattr(sys, "stdin", io.StringIO("from\nstdin"))
     for prompt, shown in (
@@ -1987,28 +1754,19 @@ def test_prompts_and_the_end_of_text(tmp_path, capsys, monkeypatch):
         assert sampled(capsys, path, *prompt).startswith(shown + 8 * "a" + "\n")
     assert sampled(capsys, end, "--prompt", "ab").startswith("ab\n")
     assert sampled(capsys, end, "--prompt", "ab", "--ignore_end").startswith("ab" + 8 * "<|endoftext|>" + "\n")
-
-
-def test_control_characters_are_escaped_on_a_terminal(tmp_path, capsys, monkeypatch):
     for token, escaped in ((27, r"\x1b"), (10, "\n"), (9, "\t"), (7, r"\x07")):
         path = speaking(tmp_path / "d2dmoe.pt", token)
-        for on_terminal in (True, False):
-            monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
-            out = sampled(capsys, path, "--prompt", "a\x1b]0;b\r", "--color", "never")
-            if on_terminal:
-                assert out.startswith(r"a\x1b]0;b\r" + 8 * escaped)
-            else:  # a pipe gets the bytes
-                assert out.startswith("a\x1b]0;b\r" + 8 * chr(token))
+        for on_terminal, shown in ((True, r"a\x1b]0;b\r" + 8 * escaped), (False, "a\x1b]0;b\r" + 8 * chr(token))):
+            monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)  # a pipe gets the bytes
+            assert sampled(capsys, path, "--prompt", "a\x1b]0;b\r", "--color", "never").startswith(shown)
 
 
 def test_shades_spread_over_the_shares_that_occur(trained, capsys):
     out = sampled(capsys, trained, "--color", "always", "--tau", 0.5)
     assert out.splitlines()[0].count("\x1b[48;5;") == 6 and "\x1b[48;5;" in out.partition("\n")[2]
-    shares = [0.1, 0.2, 0.3]
-    low, middle, high = (sample.shade("x", share, shares) for share in shares)
-    assert len({low, middle, high}) == 3 and "255m" in low
+    low, middle, high = (sample.shade("x", share, [0.1, 0.2, 0.3]) for share in (0.1, 0.2, 0.3))
+    assert len({low, middle, high}) == 3 and low == "\x1b[48;5;255m\x1b[38;5;16mx\x1b[0m"
     assert low == sample.shade("x", 0.8, [0.8, 0.9]) and high == sample.shade("x", 0.9, [0.8, 0.9])
-    assert all("x" in s and s.endswith("\x1b[0m") and "38;5;16m" in s for s in (low, middle, high))
 
 
 def test_a_picture_of_tokens_by_layers(trained, capsys, tmp_path, monkeypatch):
@@ -2019,52 +1777,38 @@ def test_a_picture_of_tokens_by_layers(trained, capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", lambda _, texts, counts, experts: drawn.append([len(texts), len(counts)]))
         patch.setattr(sample, "find_spec", lambda _: True)  # requirements.txt leaves matplotlib out
-        sampled(capsys, path, *picture, "--num_samples", 2)  # ends at once, both times
-        sampled(capsys, path, *picture, "--num_samples", 2, "--ignore_end")
+        for ending in ([], ["--ignore_end"]):  # it ends at once, both times
+            sampled(capsys, path, *picture, "--num_samples", 2, *ending)
     assert drawn == [[0, 0], [8, 8]]  # the first text alone
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(sample.main, "--ckpt", path, *picture, "--device", "cpu")
-    assert "is a dense model" in refused(sample.main, "--ckpt", trained / "ckpt.pt", *picture, "--device", "cpu")
+    for ckpt, message in ((path, "pip install matplotlib"), (trained / "ckpt.pt", "is a dense model")):
+        assert message in refused(sample.main, "--ckpt", ckpt, *picture, "--device", "cpu")
 
 
-LETTERS = "\n !abcdefgh\u00e9\u4e2d"  # of a nanoGPT character model; two are more than one byte in UTF-8
-
-
-@pytest.fixture
-def characters(tmp_path):
-    """What nanoGPT's shakespeare_char leaves: ckpt.pt, train.bin, val.bin and meta.pkl"""
-    write_bins(tmp_path, letters=LETTERS)
-    torch.save(nanogpt(gpt2_weights(vocab=len(LETTERS)), vocab_size=len(LETTERS)), tmp_path / "ckpt.pt")
-    return tmp_path
-
-
-def test_a_nanogpt_character_model_is_converted_and_speaks_its_alphabet(characters, capsys):
-    run_convert(characters, "--steps", 1)
+def test_a_nanogpt_character_model_speaks_its_alphabet_and_without_one_is_not_guessed(tmp_path, capsys):
+    letters = "\n !$09AZabch\u00e9\u4e2d\U0001f600"  # the last three are more than one byte in UTF-8
+    write_bins(tmp_path, letters=letters)  # and what else nanoGPT's shakespeare_char leaves
+    torch.save(nanogpt(gpt2_weights(vocab=len(letters)), vocab_size=len(letters)), tmp_path / "ckpt.pt")
+    run_convert(tmp_path, "--steps", 1)
     assert "now: python sample.py" in capsys.readouterr().out
     prompt = "abc \u00e9\u4e2d"
-    out = sampled(capsys, characters, "--prompt", prompt, *"--tau 1 --temperature 0".split())
-    idx = torch.tensor([[LETTERS.index(c) for c in prompt]])
-    text = [t.item() for t, _ in d2dmoe.generate(load_model(characters / "ckpt.pt"), idx, 8, temperature=0)]
-    assert out.startswith(prompt + "".join(LETTERS[i] for i in text) + "\n\ntau 1:")
-    for i, letter in enumerate(LETTERS):
-        path = speaking(characters / "d2dmoe.pt", i, len(LETTERS), "characters:" + LETTERS)
+    out = sampled(capsys, tmp_path, "--prompt", prompt, *"--tau 1 --temperature 0".split())
+    idx = torch.tensor([[letters.index(c) for c in prompt]])
+    text = [t.item() for t, _ in d2dmoe.generate(load_model(tmp_path / "ckpt.pt"), idx, 8, temperature=0)]
+    assert out.startswith(prompt + "".join(letters[i] for i in text) + "\n\ntau 1:")
+    for i, letter in enumerate(letters):
+        path = speaking(tmp_path / "d2dmoe.pt", i, len(letters), "characters:" + letters)
         assert sampled(capsys, path, "--prompt", "a").startswith("a" + 8 * letter)
     for prompt in ("z", "\u00c3"):  # half of an é is no letter
-        assert "alphabet has no" in refused(sample.main, "--ckpt", characters, "--prompt", prompt)
+        assert "alphabet has no" in refused(sample.main, "--ckpt", tmp_path, "--prompt", prompt)
 
-
-def test_tokens_that_nobody_can_spell_are_refused_and_not_guessed(characters, capsys):
-    (characters / "meta.pkl").unlink()
-    assert "does not tell what its tokens spell" in refused(sample.main, "--ckpt", characters)
-    run_convert(characters, "--steps", 1)
+    (tmp_path / "meta.pkl").unlink()
+    assert "does not tell what its tokens spell" in refused(sample.main, "--ckpt", tmp_path / "ckpt.pt")
+    run_convert(tmp_path, "--steps", 1)
     assert "sample.py" not in capsys.readouterr().out
-    for name in (None, "gpt2", "characters:" + LETTERS + "zz", "nonsense", ["bytes"], 3):
-        model = tiny_moe(tiny_dense(vocab_size=len(LETTERS)))
-        d2dmoe.save_checkpoint(characters / "d2dmoe.pt", model, tokenizer=name)
-        line = refused(sample.main, "--ckpt", characters)
-        assert re.search("does not tell what its tokens spell|is unknown", line)
-    (characters / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "ab"}}))
-    assert "meta.pkl is not a character table" in refused(convert.main, *CONVERT, "--ckpt", characters)
+    for name in (None, "gpt2", "characters:" + letters + "zz", "nonsense", ["bytes"], 3):
+        path = speaking(tmp_path / "d2dmoe.pt", 0, len(letters), name)
+        assert re.search("does not tell what its tokens spell|is unknown", refused(sample.main, "--ckpt", path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2075,13 +1819,12 @@ def test_a_mistake_is_one_line_and_status_1_a_signal_128_and_its_number_a_bug_a_
     too_wide = partial(run_convert, trained, "--out", tmp_path, "--router_width", 2**40)
     for main, status, message in (
         (lambda: None, 0, ""),
-        (lambda: 0, 0, ""),
         (lambda: 143, 143, ""),
-        (raising(ValueError("two\nlines")), 1, "error: two lines"),
-        (raising(FileNotFoundError("gone")), 1, "error: gone"),
-        (raising(OSError("\x1b[2Jfull")), 1, r"error: \x1b[2Jfull"),
-        (raising(KeyboardInterrupt()), 130, "interrupted"),
-        (raising(MemoryError()), 1, "error: out of memory: lower --batch_size"),
+        (Mock(side_effect=ValueError("two\nlines")), 1, "error: two lines"),
+        (Mock(side_effect=FileNotFoundError("gone")), 1, "error: gone"),
+        (Mock(side_effect=OSError("\x1b[2Jfull")), 1, r"error: \x1b[2Jfull"),
+        (Mock(side_effect=KeyboardInterrupt()), 130, "interrupted"),
+        (Mock(side_effect=MemoryError()), 1, "error: out of memory: lower --batch_size"),
         (too_wide, 1, "error: out of memory"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -2089,7 +1832,7 @@ def test_a_mistake_is_one_line_and_status_1_a_signal_128_and_its_number_a_bug_a_
         said = capsys.readouterr().err
         assert end.value.code == status and said.startswith(message) and said.count("\n") == bool(message)
     with pytest.raises(RuntimeError, match="a bug"):
-        train.run(raising(RuntimeError("a bug")))
+        train.run(Mock(side_effect=RuntimeError("a bug")))
     for script in ("train.py", "convert.py", "sample.py"):
         process = start(script, "--device", "toaster")
         out, err = process.communicate()
@@ -2111,7 +1854,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}: run train.py first"),
         (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
-        (train.main, [*into, "--init", tmp_path / "nowhere.pt"], "no checkpoint at"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "does not tell its tokens: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
@@ -2120,7 +1862,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--data", bins], "does not tell its tokens: add --tokenizer"),
         (train.main, [*TINY, "--out", bins], "holds tokens of no run"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
-        (train.main, ["--bogus"], "unrecognized arguments: --bogus"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
         (convert.main, ["--ckpt", trained, "--out", out, "--num_experts", 7], "7 experts do not divide 64 neurons"),
@@ -2128,7 +1869,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (convert.main, nano, "no train.bin and val.bin beside"),
         (convert.main, [*nano, "--out", out, "--data", text, "--tokenizer", "gpt2"], "is too small for the tokenizer"),
         (convert.main, ["--recipe", "moefication", "--router_power", 0.5], "the baseline, has no --router_power"),
-        (sample.main, ["--ckpt", tmp_path / "bins"], "no checkpoint at"),
         (sample.main, ["--device", "cuda:77"], "cuda:77 cannot be used here"),
         (sample.main, ["--temperature", 1e-40], "--temperature must be 0 or at least 0.001"),
         (convert.main, ["--tau", 0.5], "unrecognized arguments: --tau"),  # not --taus, which would start a conversion
@@ -2142,7 +1882,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     ):
         assert all("does not lie between" in refused(main, *line.split()) for line in words)
 
-    monkeypatch.setattr(tiktoken, "get_encoding", raising(ConnectionError("no route")))
+    monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no route")))
     line = refused(train.main, *into, "--tokenizer", "gpt2")
     assert re.search("connect to the internet once, or set TIKTOKEN_CACHE_DIR.*sha1 of their URL", line)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -2155,16 +1895,13 @@ def test_what_the_end_needs_is_tried_at_the_start(trained, tmp_path, monkeypatch
     monkeypatch.setattr(convert, "evaluate", lambda *_: pytest.fail("it began"))
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "folders/ckpt.pt").mkdir(parents=True)
-    (tmp_path / "folders/d2dmoe.pt").mkdir()
+    for name in ("ckpt.pt", "d2dmoe.pt"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
     for command in ((train.main, *TINY, "--data", trained / "text.txt"), (convert.main, *CONVERT, "--ckpt", trained)):
-        for out, message in (
-            ("file", "file is not a folder"),
-            ("file/deeper", "file is not a folder"),
-            ("link", "link is not a folder"),
-            ("folders", ".pt is a folder, where a file is to be written"),
-        ):
-            assert message in refused(*command, "--out", tmp_path / out)
+        refusal = lambda out, command=command: refused(*command, "--out", tmp_path / out)
+        assert "file is not a folder" in refusal("file") and "file is not a folder" in refusal("file/deeper")
+        assert "link is not a folder" in refusal("link")
+        assert ".pt is a folder, where a file is to be written" in refusal("folders")
 
 
 def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(trained, tmp_path):
@@ -2210,8 +1947,7 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
 def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
     text, out = write_text(tmp_path / "text.txt"), tmp_path / "out"
     run_train(out, "--data", text, "--steps", 10)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.chdir(trained)
     write_text(text, seed=1)  # the run has its tokens: neither the folder nor the text's new content matters
     run_train(out, "--init", "resume", "--steps", 11)
     assert "warning" not in capsys.readouterr().out
@@ -2226,7 +1962,7 @@ def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_an_earlier_model_keeps_another_name(trained, tmp_path, capsys, monkeypatch, hard_links):
     if not hard_links:
-        monkeypatch.setattr(os, "link", raising(OSError("not supported")))
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError("not supported")))
     first, data = copy_run(trained, tmp_path), ["--data", trained / "text.txt"]
     run_train(tmp_path, *data, "--steps", 20, "--seed", 1)  # it saves twice
     assert f"stays as {tmp_path}/ckpt-previous.pt" in capsys.readouterr().out
@@ -2261,20 +1997,14 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
 
-def test_a_run_stopped_before_its_first_evaluation_spares_an_earlier_model(trained, tmp_path, monkeypatch, capsys):
+def test_a_stop_or_a_loss_that_is_not_finite_spares_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
     before, new = copy_run(trained, tmp_path), tmp_path / "new"
     arguments = ["--data", trained / "text.txt", "--steps", 1000, "--eval_every", 1000]
-    stop_at(monkeypatch, 5)
-    assert run_train(tmp_path, *arguments) == 143
-    assert f"{tmp_path}/ckpt.pt stays the earlier run's" in capsys.readouterr().out
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
-    stop_at(monkeypatch, 5)
-    assert run_train(new, *arguments) == 143
-    assert "stopped at step 5 and saved" in capsys.readouterr().out and saved(new)["step"] == 5
+    for out, said in ((tmp_path, "/ckpt.pt stays the earlier run's"), (new, "stopped at step 5 and saved")):
+        stop_at(monkeypatch, 5)
+        assert run_train(out, *arguments) == 143 and said in capsys.readouterr().out
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and saved(new)["step"] == 5
 
-
-def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(trained, tmp_path, monkeypatch):
-    before = copy_run(trained, tmp_path)
     resume = (train.main, "--init", "resume", "--out", tmp_path, "--warmup", 0, "--steps", 40)
     for every, step in ((100, 31), (1, 30)):  # the second: at the evaluation after the step that broke the weights
         line = refused(*resume, "--lr", 1e30, "--eval_every", every)
@@ -2311,7 +2041,6 @@ def read_until(process, pattern):
     raise AssertionError(process.stderr.read())
 
 
-@posix
 def test_signals_save_first_and_say_how_to_resume(trained, tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     command = ("train.py", *TINY, "--data", trained / "text.txt", "--steps", 10**6, "--out")
@@ -2326,7 +2055,6 @@ def test_signals_save_first_and_say_how_to_resume(trained, tmp_path):
         assert step >= 20 and saved(tmp_path / number.name)["step"] == step
 
 
-@posix
 def test_a_second_ctrl_c_cuts_a_long_step_short(trained, tmp_path):
     before = copy_run(trained, tmp_path)
     process = start("train.py", "--init", "resume", "--out", tmp_path, "--steps", 40, "--grad_accum", 10**5)
@@ -2355,7 +2083,6 @@ def test_a_signal_to_torchrun_and_all_its_processes_saves_too(trained, tmp_path)
     assert step >= 10 and saved(tmp_path)["step"] == step
 
 
-@posix
 def test_of_two_runs_into_one_folder_the_second_is_refused(trained, tmp_path):
     arguments = ["--data", trained / "text.txt"]
     process = start("train.py", *TINY, *arguments, "--out", tmp_path, "--steps", 10**6)
@@ -2367,10 +2094,7 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(trained, tmp_path):
     run_train(tmp_path, "--init", "resume", "--steps", saved(tmp_path)["step"] + 1)
 
 
-@posix
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
-    import resource
-
     before = copy_run(trained, tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # more than tokens need
     options = ["--data", trained / "text.txt", "--out", tmp_path, "--steps", 10]
@@ -2381,7 +2105,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-@posix
 @pytest.mark.parametrize("name", ["train", "convert"])
 def test_killed_at_random_there_is_no_checkpoint_or_a_whole_one(trained, tmp_path, name):
     """Children are forked from a process that has imported everything, so that a kill costs a fraction of a second."""
@@ -2415,7 +2138,6 @@ for trial in range({8 * LONG}):
     assert (found[-1][1] > found[0][1]) == (name == "train")  # each training resumed from the one before
 
 
-@posix
 def test_standard_output_is_no_reason_to_lose_a_run(trained, tmp_path):
     run = f"{sys.executable} {HERE}/train.py {' '.join(TINY)} --data {trained}/text.txt --steps 20 --out {tmp_path}"
     speak = f"{sys.executable} {HERE}/sample.py --ckpt {trained} --device cpu --max_new_tokens 5000"
@@ -2435,7 +2157,6 @@ def test_standard_output_is_no_reason_to_lose_a_run(trained, tmp_path):
     assert [saved(tmp_path / name)["step"] for name in ("head", "full", "closed", "Książka")] == [20] * 4
 
 
-@posix
 def test_odd_names_of_folders_end_no_conversion(trained, tmp_path, capsys):
     for name in (b"mo$ney$_^{x", b"not UTF-8 \xff", b"\x1b[2J new\nline"):
         folder = tmp_path / os.fsdecode(name)
@@ -2450,10 +2171,8 @@ def test_odd_names_of_folders_end_no_conversion(trained, tmp_path, capsys):
 
 
 def test_the_readmes_python_runs_in_a_notebook(trained, capsys):
-    torch.manual_seed(0)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    names = {}
     for i, snippet in enumerate(snippets):
         if i != 3:  # the last one goes on from the one before
             names = {}
