@@ -132,7 +132,7 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     a = activate_(linear(x, w1.flatten(0, 1), b1.flatten()), activation)  # [N, E*h]
     if executed is not None:
         if a.dtype == torch.float32:  # up to six times as fast; a float16 may have become infinite, and inf * 0 is nan
-            a.view(N, E, h).mul_(executed.float().unsqueeze(-1))
+            a.view(N, E, h).mul_(executed.unsqueeze(-1))
         else:
             a.view(N, E, h).masked_fill_(~executed.unsqueeze(-1), 0)
     w2 = w2.flatten(0, 1)  # [E*h, d]
