@@ -293,7 +293,7 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
     """
     model = GPT(replace(dense.config, projections="mlp")).to(dense.lm_head.weight.device).requires_grad_(False)
     model.load_state_dict(dense.state_dict(), strict=False)
-    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]
+    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # in training mode: penalties
     parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
     def loss_alone(x, y, step):
@@ -347,14 +347,14 @@ EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations s
 
 
 def top_share(norms: Tensor, share: float) -> Tensor:
-    """top_k with k = share * E, rounded up: never fewer experts than the rule it is compared with."""
+    """top_k with k = share * E in every layer, rounded up: never fewer experts than the rule it is compared with."""
     return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
 
 
 def with_oracles(moe: GPT) -> GPT:
     """A copy of the model whose routers cheat: they return the true norms, at the price of running every expert, and so
     show what is left to gain by predicting norms better. The weights are not copied."""
-    cheat = copy.deepcopy(moe, {id(p): p for p in moe.parameters()})
+    cheat = copy.deepcopy(moe, memo={id(p): p for p in moe.parameters()})  # what stands in the memo is not copied
     for layer in cheat.layers():
         layer.router.forward = layer.expert_norms
     return cheat
@@ -577,12 +577,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " projections: a quarter of that)")  # fmt: skip
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the"
-        " projection MLPs before, a quarter of them each by itself")  # fmt: skip
+        " projection MLPs before: the first quarter each by itself, then jointly")  # fmt: skip
     add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate"
         " on, which the paper does not do")  # fmt: skip
     add("--batch_size", type=count, default=8, help="sequences per step")
-    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers; a half of it trains the"
-        " projection MLPs jointly")  # fmt: skip
+    add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers, and of projection MLPs"
+        " each by itself; jointly they take half of it")  # fmt: skip
     add("--finetune_lr", type=number(float, 0), default=5e-4, help="peak learning rate of --finetune; the fewer steps,"
         " the lower")  # fmt: skip
     add = add_system_options(parser).add_argument

@@ -7,10 +7,10 @@
 
        dense MLP           the same neurons          a router predicts           only those
      few neurons fire       in E experts            each expert's norm          experts run
-        . . . . # .          [. . .]  [. # .]         |  #
-        . . . # . #    ->    [. . .]  [# . #]   ->    |  #                ->     expert 1
-        . . . . . .          [. . .]  [. . .]         |- # - (1 - tau) max
-                                0        1            0  1
+        . . . . # .          [. . .]  [. # .]         |     #
+        . . . # . #    ->    [. . .]  [# . #]   ->    |- - -# - (1 - tau) max   ->   expert 1
+        . . . . . .          [. . .]  [. . .]         |  #  #
+                                0        1               0  1
 
 What differs from nanoGPT's model.py:
 - forward takes no targets: it returns (logits, aux), and train.py computes the loss. There is no dropout.
@@ -219,7 +219,7 @@ def dynamic_k(norms: Tensor, tau: float) -> Tensor:
 
 
 def top_k(norms: Tensor, k: int) -> Tensor:
-    """Executes the k experts with the largest norms, as many for every token: MoEfication's rule.
+    """Executes the k experts with the largest norms, the same k for every token: MoEfication's rule.
 
     norms [..., E] -> executed [..., E] bool. Raises ValueError unless 1 <= k <= E.
     """
@@ -313,9 +313,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.n_head, self.layer, self.linear = config.n_head, layer, config.projections == "linear"
+        self.n_head, self.layer, self.is_linear = config.n_head, layer, config.projections == "linear"
         d, m, E = config.n_embd, config.projection_width, config.projection_experts
-        if self.linear:
+        if self.is_linear:
             self.c_attn = Linear(d, 3 * d, bias=config.bias)  # q, k and v in one
             self.c_proj = Linear(d, d, bias=config.bias)
         elif config.projections == "mlp":
@@ -325,13 +325,13 @@ class CausalSelfAttention(nn.Module):
             self.q, self.k, self.v, self.o = (DynamicKMoE(d, m, E, "relu", router) for router in routers)
 
     def layers(self) -> list[nn.Module]:
-        return [] if self.linear else [self.q, self.k, self.v, self.o]
+        return [] if self.is_linear else [self.q, self.k, self.v, self.o]
 
     def forward(
         self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, d] -> y [B, T, d], and the second value of each of layers()"""
-        if self.linear:
+        if self.is_linear:
             q, k, v = self.c_attn(x).split(x.shape[-1], dim=-1)  # [B, T, 3d] -> three of [B, T, d]
             return self.c_proj(self.attend(q, k, v, cache)), []
         (q, aux_q), (k, aux_k), (v, aux_v) = self.q(x, gate), self.k(x, gate), self.v(x, gate)

@@ -5,7 +5,7 @@ For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of exper
     y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361)
 
     masked_ffn    compute all experts, then zero the unselected ones: the reference; differentiable
-    dense_ffn     the same without gradients, for masks of which too little can be skipped
+    dense_ffn     the same without gradients, where too little is skipped for another path to pay
     sampled_ffn   few tokens or small experts on a CPU: read only the selected rows of both matrices, where they lie
     grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
     triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
@@ -90,8 +90,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def every_entry(out: int) -> Tensor:
-    """The pattern that asks sampled_addmm for a product of one row: four equal rows of which each wants a quarter of
-    the entries, because it gives every thread some rows. Sparse [4, out]."""
+    """The pattern with which sampled_addmm multiplies one row on all threads. It shares out rows among threads, so the
+    row is given four times, and each copy is asked for a quarter of the entries. Sparse [4, out]."""
     quarters = torch.tensor([out * i // 4 for i in range(5)], device="cpu")
     entries = torch.arange(out, device="cpu")
     return torch.sparse_csr_tensor(quarters, entries, torch.zeros(out, device="cpu"), (4, out), check_invariants=False)

@@ -1,5 +1,6 @@
 """Writes text with a converted model, shades every token by the share of experts that predicting it took, and says
-what the text cost.
+what a token costs: its FLOPs, and the speed right after the prompt. (Once the text is longer than block_size, every
+token takes a whole window, with any model.)
 
     python sample.py --tau 0.9
     python sample.py --ckpt better/ --tau 0.95 --prompt "def main(" --temperature 0.7 --top_k 50
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.router == "moefication" and gate:
         print("(a MoEfication conversion, whose own rule is top-k: tau was applied to its classifier's scores)")
     if speed < 0.95 * dense_speed:
-        print("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
+        print("at this size and tau experts save no time; python kernels.py shows where they do")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ from d2dmoe import (
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
-# glibc returns the memory of freed tensors to the system and then gets it anew, page by page. Once a block of 31 MB was
-# freed, it keeps twice as much instead: training on a CPU is about 7% faster.
+# On Linux, glibc returns the memory of large freed tensors to the system, from where the next tensor gets it page by
+# page. Once a block of 31 MB was freed, as this one is at once, it keeps twice that: training on a CPU is 7% faster.
 torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-MODEL = (*SIZES, "bias", "activation", "penalty")  # None, if not given: then the checkpoint's, else GPTConfig's default
+MODEL = (*SIZES, "bias", "activation", "penalty")  # None if not given: then the checkpoint's or GPTConfig's default
 NOT_STORED = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # of one call only, or in the config
 
 
@@ -113,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "train.py", "Train a dense GPT with sparse activations.",
         "--data book.txt --out book", "--init resume --out book --steps 3000",
     )  # fmt: skip
-    count, size = number(int, 1, 2**40), number(float, 0)
+    count, non_negative = number(int, 1, 2**40), number(float, 0)
     add = parser.add_argument_group("what to run").add_argument
     add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
@@ -128,11 +128,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--n_embd", type=count, help="width d (default: 128)")
     add("--block_size", type=count, help="context in tokens; with --init it may be shorter (default: 128)")
     add("--no_bias", dest="bias", action="store_const", const=False, help="no biases in linear layers and layer norms")
-    add("--activation", choices=ACTIVATIONS, help="with --init it may differ: ReLUfication (default: relu)")
+    add("--activation", choices=ACTIVATIONS, help="with --init it may differ: ReLUfication (default: the"
+        " checkpoint's, else relu)")  # fmt: skip
     add = parser.add_argument_group("sparsity").add_argument
-    add("--penalty", choices=PENALTIES, help="on feed-forward activations (default: hoyer)")
-    add("--alpha", type=size, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for ReLU and"
-        " 5e-5 for GELU")  # fmt: skip
+    add("--penalty", choices=PENALTIES, help="on feed-forward activations (default: hoyer; on resuming, the run's)")
+    add("--alpha", type=non_negative, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for"
+        " ReLU and 5e-5 for GELU")  # fmt: skip
     add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which the weight grows"
         " linearly from 0; 0: constant, as in the authors' GPT-2")  # fmt: skip
     add = parser.add_argument_group("optimization").add_argument
@@ -140,12 +141,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=count, default=16, help="sequences that a process computes at once")
     add("--grad_accum", type=count, default=1, help="a step has this many times --batch_size sequences, over all"
         " processes")  # fmt: skip
-    add("--lr", type=size, default=2e-3, help="peak learning rate")
+    add("--lr", type=non_negative, default=2e-3, help="peak learning rate")
     add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
     add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
-    add("--weight_decay", type=size, default=0.1, help="of matrices and embeddings")
+    add("--weight_decay", type=non_negative, default=0.1, help="of matrices and embeddings")
     add("--beta2", type=number(float, 0, 0.999999), default=0.95, help="AdamW's; beta1 is 0.9")
-    add("--grad_clip", type=size, default=1.0, help="largest norm of the gradient; 0: no clipping")
+    add("--grad_clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no clipping")
     add = add_system_options(parser).add_argument
     add("--eval_every", type=count, default=100, help="steps between evaluations; each one saves")
     add("--eval_windows", type=count, default=256, help="windows of held-out text per evaluation")
