@@ -467,8 +467,8 @@ def read_table(folder: Path) -> list[dict]:
         rows = list(csv.DictReader(f))
     try:
         points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
-        points = [p for p in points if math.isfinite(p["loss"]) and math.isfinite(p["flops"])]
-    except (KeyError, TypeError, ValueError):
+        points = [p for p in points if math.isfinite(p["loss"] / p["dense_loss"]) and math.isfinite(p["flops"])]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         points = []
     if not points:
         raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there")

@@ -573,8 +573,9 @@ def read_weights(path: Path) -> dict:
                 f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, "
                 "as torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
             ) from None
-        reason = " ".join(str(error).partition(". ")[0].split())[:150]  # what follows is advice to programmers
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {reason})") from None
+        first_sentence = str(error).partition(". ")[0]  # of torch's; the rest is advice to programmers
+        reason = " ".join(f"{type(error).__name__} {first_sentence}".split())[:150]
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
     return raw
@@ -725,7 +726,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
         advice = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
-        if path.with_name("ckpt.pt").is_file():
+        if path.with_name("ckpt.pt").is_file() and "d2dmoe.pt" in names:
             advice = f"run convert.py --ckpt {path.parent} first"
         elif path.with_name("d2dmoe.pt").is_file():
             advice = "there is only a conversion; give the folder of the dense model that it was made from"

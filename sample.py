@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     end = tokenizer.eot_token if "<|endoftext|>" in tokenizer.special_tokens_set else -1
     prompt = encode(tokenizer, text)[-config.block_size :] or [max(end, 0)]  # longer ones are cut as generate does
     idx = torch.tensor([prompt], device=device)  # [1, T]
-    on_terminal = sys.stdout.isatty()
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
     shaded = bool(experts) and (args.color == "always" or args.color == "auto" and on_terminal)
     show = printable if on_terminal else str  # what a model writes must not drive a terminal
     if shaded:

@@ -16,6 +16,7 @@ scripts share.
 
 import argparse
 import contextlib
+import filecmp
 import math
 import os
 import pickle
@@ -163,8 +164,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
         # A checkpoint is input: it is checked as the command line is, and no path is taken from it.
         settings = {k: v for k, v in vars(parser.parse_args(words)).items() if k not in NOT_STORED}
-    elif args.init != "scratch":  # the sizes are the checkpoint's
-        settings = {k: v for k, v in settings.items() if k not in SIZES}
+    elif args.init != "scratch":  # a checkpoint has its own sizes and tokens
+        settings = {k: v for k, v in settings.items() if k not in (*SIZES, "tokenizer")}
     parser.set_defaults(**settings)
     return parser.parse_args(argv)
 
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or leave --compile out")
     with rank_zero_first():  # the lock is held for as long as it has a name
-        model, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
+        model, folder, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
     config = model.config
     facts = dict(tokenizer=tokenizer, text=fingerprint(train_tokens, val_tokens), arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
@@ -327,10 +328,11 @@ def main(argv: list[str] | None = None) -> int:
     replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()  # an earlier run's model
 
     def save(step: int) -> None:
-        nonlocal replaces
+        nonlocal replaces, folder
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         if replaces and (kept := keep_previous(args.out / "ckpt.pt")):
             say(f"the model that was in {args.out}/ckpt.pt stays as {kept}")
+        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
         replaces = False
@@ -406,27 +408,28 @@ def check_finite(step: int, *values: float) -> None:
 
 def open_run(
     args: argparse.Namespace, rank: int
-) -> tuple[GPT, np.ndarray, np.ndarray, str | None, dict, BinaryIO | None]:
-    """What a run starts from: the model, training and held-out tokens, the tokenizer's name (None if unknown), and the
-    checkpoint ({} if none); and the lock of the folder, to be held to the end. Raises ValueError or OSError."""
+) -> tuple[GPT, Path, np.ndarray, np.ndarray, str | None, dict, BinaryIO | None]:
+    """What a run starts from: the model; the folder of its tokens, those for training and those held out; the
+    tokenizer's name (None if unknown); the checkpoint ({} if none); and the lock of --out, to be held to the end.
+    Raises ValueError or OSError."""
     resuming, source = args.init == "resume", args.out if args.init == "resume" else args.init
     data = args.data or (str(args.out) if resuming else "stdlib")
-    if (args.out / "train.bin").exists() and not any((args.out / name).exists() for name in (".lock", "ckpt.pt")):
-        if (Path(data).expanduser() / "train.bin").resolve() != (args.out / "train.bin").resolve():
-            raise ValueError(f"{args.out} holds tokens of no run: choose another --out, or give them as --data")
-    lock = claim(args.out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None
+    out, new = args.out, args.out / ".new"  # text is encoded there, until the first checkpoint is saved
+    if Path(data).expanduser() == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
+        raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
+    lock = claim(out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
     base = build_model(checkpoint, source) if checkpoint else None
-    folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, args.out)
+    folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, new)
     model = initial_model(args, base, tokenizer)
     tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
-    if rank == 0:
-        link_tokens(folder, args.out)
     if resuming and fingerprint(*tokens) != checkpoint.get("text"):
         if args.data is None:
             raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
         say("warning: this is not the text of the run so far, which may have been trained on what is held out now")
-    return model, *tokens, tokenizer, checkpoint, lock
+    return model, folder, *tokens, tokenizer, checkpoint, lock
 
 
 def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | None) -> GPT:
@@ -643,10 +646,10 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
 
 
 def prepare_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None, out: Path
+    data: str, asked: str | None, stated: str | None, model: GPT | None, new: Path
 ) -> tuple[Path, str | None]:
     """The folder with the tokens of `data`, and their tokenizer's name if anything tells it: --tokenizer (asked), the
-    checkpoint of `model` (stated) or nanoGPT's meta.pkl, which must agree. Rank 0 encodes text into `out`.
+    checkpoint of `model` (stated) or nanoGPT's meta.pkl, which must agree. Rank 0 encodes text into `new`.
     Raises ValueError or OSError."""
     folder = Path(data).expanduser()
     if not isinstance(stated, str | None):
@@ -659,8 +662,6 @@ def prepare_tokens(
     tokenizer = names.pop() if names else None
     if encoded:
         return folder, tokenizer
-    if folder == out:
-        raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     if tokenizer is None and model is not None:
         raise ValueError("the checkpoint does not tell its tokens: add --tokenizer, or --data with its .bin files")
     tokenizer = tokenizer or "bytes"
@@ -668,18 +669,29 @@ def prepare_tokens(
         V = model.config.vocab_size
         raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
     if not dist.is_initialized() or dist.get_rank() == 0:
-        encode_text(data, load_tokenizer(tokenizer), out)
-    return out, tokenizer
+        encode_text(data, load_tokenizer(tokenizer), new)
+    return new, tokenizer
 
 
-def link_tokens(folder: Path, out: Path) -> None:
-    """Lets out/train.bin and out/val.bin point to another folder's, so that the next step finds them there too."""
+def adopt_tokens(folder: Path, out: Path) -> Path:
+    """Makes a folder's tokens those of the run in `out`: what was encoded into out/.new moves to out/train.bin and
+    out/val.bin, another folder's are linked to. Other tokens of that name stay as train-previous.bin. -> out.
+    Raises OSError."""
     for name in ("train.bin", "val.bin"):
-        target = (folder / name).resolve()
-        with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-            if target != (out / name).resolve():
-                (out / name).unlink(missing_ok=True)
-                (out / name).symlink_to(target)
+        path, target = out / name, (folder / name).resolve()
+        if target == path.resolve():
+            continue
+        if path.exists() and not path.is_symlink() and not filecmp.cmp(path, target, shallow=False):
+            say(f"the {name} that was in {out} stays as {keep_previous(path)}")
+        if folder == out / ".new":
+            os.replace(target, path)
+        else:
+            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
+                path.unlink(missing_ok=True)
+                path.symlink_to(target)
+    with contextlib.suppress(OSError):
+        (out / ".new").rmdir()
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,6 +729,8 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except KeyboardInterrupt:
         status, message = 130, "interrupted; files are complete or as they were\n"
+    except BrokenPipeError:  # who read our output has left, as head does
+        status = 128 + 13
     except (ValueError, OSError) as error:
         message = f"error: {' '.join(str(error).split())}\n"
     except (MemoryError, RuntimeError) as error:
