@@ -624,7 +624,7 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
     if len(tokens) < block_size + 1:
-        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}")
+        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}: give more text")
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
