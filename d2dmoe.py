@@ -726,9 +726,10 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
         if (path.parent / "adapter_config.json").exists():
             raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
         advice = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
-        if path.with_name("ckpt.pt").is_file() and "d2dmoe.pt" in names:
+        is_there = {name for name in ("d2dmoe.pt", "ckpt.pt") if path.with_name(name).is_file()}
+        if "d2dmoe.pt" in names and "ckpt.pt" in is_there:
             advice = f"run convert.py --ckpt {path.parent} first"
-        elif path.with_name("d2dmoe.pt").is_file():
+        elif "d2dmoe.pt" not in names and is_there == {"d2dmoe.pt"}:
             advice = "there is only a conversion; give the folder of the dense model that it was made from"
         by_name = ", ".join(GPT2_REPOS)
         raise FileNotFoundError(f"no checkpoint at {path}: {advice}, or check the path (by name: {by_name})")

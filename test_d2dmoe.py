@@ -1863,6 +1863,8 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
+        (convert.main, ["--ckpt", trained / "typo.pt"], "typo.pt: run train.py first, or check the path"),
+        (sample.main, ["--ckpt", trained / "typo.pt"], f"typo.pt: run convert.py --ckpt {trained} first, or check"),
         (convert.main, ["--ckpt", trained, "--out", out, "--num_experts", 7], "7 experts do not divide 64 neurons"),
         (convert.main, ["--ckpt", trained, "--tokenizer", "gpt2"], "do not agree how tokens are spelled"),
         (convert.main, nano, "no train.bin and val.bin beside"),
