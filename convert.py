@@ -97,8 +97,8 @@ def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: in
 def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
     """Assigns n points to k clusters, exactly n / k to each, with a sum of scores within n * epsilon of the largest.
 
-    The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price;
-    it offers what makes its second choice as good, plus epsilon. A cluster keeps its h highest bidders, and its price
+    The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price:
+    the price at which its second choice would be as good, plus epsilon. A cluster keeps its h highest bidders, and its price
     becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next call)
     -> assignment [n] int64.
     """
@@ -161,7 +161,7 @@ def split_model(model: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
 
     sample: tokens [B, T] on which to see which neurons fire together; None: neurons are grouped by their weights.
     """
-    moe.load_state_dict(model.state_dict(), strict=False)  # all that is not split keeps its name
+    moe.load_state_dict(model.state_dict(), strict=False)  # embeddings, attention, norms: the same names
     inputs: list[Tensor] = []
     if sample is not None:
         model.hidden(sample, inputs=inputs)
@@ -229,14 +229,15 @@ def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
 
 def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
     """Trains all routers at once, on what their layers read when every expert runs."""
-    layers, loss = moe.layers(), moefication_loss if moe.config.router == "moefication" else router_loss
+    layers = moe.layers()
+    loss_of_layer = moefication_loss if moe.config.router == "moefication" else router_loss
 
     def loss_of(x, y, step):
         inputs: list[Tensor] = []
         with torch.no_grad():
             moe.hidden(x, inputs=inputs)
-        reads = zip(layers, inputs, strict=True)
-        return torch.stack([loss(layer, read.flatten(0, 1)) for layer, read in reads]).sum()  # [B, T, d] -> [N, d]
+        losses = [loss_of_layer(layer, read.flatten(0, 1)) for layer, read in zip(layers, inputs, strict=True)]
+        return torch.stack(losses).sum()
 
     parameters = [p.requires_grad_() for layer in layers for p in layer.router.parameters()]
     fit(parameters, loss_of, batches, lr, "routers")
@@ -387,7 +388,9 @@ def cost_table(
     """Prints the table over tau and returns its points; for MoEfication over the share of experts that top-k runs."""
     config, points, all_experts = moe.config, [], [len(layer.w1) for layer in moe.layers()]
     floor, full = relative_flops(config, [0] * len(all_experts)), relative_flops(config, all_experts)
-    change = lambda loss: f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"  # noqa: E731
+
+    def change(loss):
+        return f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"
 
     def point(rule, value, gate, timed=True, model=moe):
         loss, counts = evaluate(model, tokens, windows, EVAL_BATCH, gate)
@@ -423,13 +426,16 @@ def cost_table(
     return points
 
 
-def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float] | None:
-    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve; None outside of it."""
-    curve = sorted((p["executed"], p["flops"], p["loss"]) for p in points if p["rule"] == rule)
-    for (*low, a), (*high, b) in zip(curve, curve[1:]):  # from the cheapest on
-        if b <= loss <= a:
-            t = (a - loss) / (a - b) if a > b else 1.0
-            return tuple(x + t * (y - x) for x, y in zip(low, high, strict=True))
+def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, ...] | None:
+    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve, and the executed shares between which
+    that was done; None outside of the curve."""
+    curve = sorted((p for p in points if p["rule"] == rule), key=lambda p: p["executed"])
+    for low, high in zip(curve, curve[1:]):  # from the cheapest on
+        if high["loss"] <= loss <= low["loss"]:
+            drop = low["loss"] - high["loss"]
+            t = (low["loss"] - loss) / drop if drop else 1.0  # 0 at low, 1 at high
+            executed, flops = (low[cost] + t * (high[cost] - low[cost]) for cost in ("executed", "flops"))
+            return executed, flops, low["executed"], high["executed"]
     return None
 
 
@@ -440,7 +446,9 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
         for rule in dict.fromkeys(p["rule"] for p in points):
             cost = "outside of this table (--eval measures other --taus)"
             if found := cost_at(points, rule, dense_loss * (1 + percent / 100)):
-                cost = f"{found[0]:6.1%} of the experts" + f", {found[1]:6.1%} of the FLOPs" * (rule != "oracle")
+                executed, flops, low, high = found
+                cost = f"{executed:6.1%} of the experts" + f", {flops:6.1%} of the FLOPs" * (rule != "oracle")
+                cost += f"  (between rows of {low:.1%} and {high:.1%})"
             say(f"at {percent}% above the dense loss, {rule:9}: {cost}")
 
 
@@ -512,7 +520,7 @@ def draw(path: Path, tables: list[list[dict]]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Out again
+# Export
 
 
 def export_gpt2(model: GPT, folder: Path) -> None:
@@ -623,8 +631,8 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
     config, device = converted_config(dense, args), dense.lm_head.weight.device
 
-    def batches(steps, seed):  # each stage has its own seed, and so its own batches
-        return Batches(tokens, config, steps, args.batch_size, args.seed + seed, device)
+    def batches(steps, stage):  # stages draw different windows, stage 0 those that train.py drew from this seed
+        return Batches(tokens, config, steps, args.batch_size, args.seed + stage, device)
 
     unsplit = dense
     if args.attention:  # three quarters of the steps for training jointly, which matters more

@@ -5,12 +5,9 @@
     Zhang et al. MoEfication: Transformer Feed-forward Layers are Mixtures of Experts. arXiv 2110.01786.
     Radford et al. Language Models are Unsupervised Multitask Learners (GPT-2). Its parameter names are kept.
 
-       dense MLP           the same neurons          a router predicts           only those
-     few neurons fire       in E experts            each expert's norm          experts run
-        . . . . # .          [. . .]  [. # .]         |     #
-        . . . # . #    ->    [. . .]  [# . #]   ->    |- - -# - (1 - tau) max   ->   expert 1
-        . . . . . .          [. . .]  [. . .]         |  #  #
-                                0        1               0  1
+    one token: few of         the same neurons            a router predicts       tau = 0.9: those of at
+    nine neurons fire         in three experts            each one's norm         least 0.1 * 2.3 run
+    . # . . # . . . #   ->    [. . .] [# # .] [. . #]   ->   0.1  2.3  0.2   ->   [# # .]
 
 What differs from nanoGPT's model.py:
 - forward takes no targets: it returns (logits, aux), and train.py computes the loss. There is no dropout.
@@ -51,68 +48,6 @@ except ImportError as error:  # PyPI has a package of that name, too
     raise ImportError(f"{error}: put the folder of d2dmoe.py and kernels.py first on sys.path, and restart") from error
 
 Gate = Callable[[Tensor], Tensor]  # norms [N, E] -> executed [N, E] bool
-
-
-@dataclass
-class GPTConfig:
-    """Sizes of a model; convert.py sets the fields from num_experts on. Raises ValueError if they do not fit."""
-
-    block_size: int = 128  # longest context, in tokens
-    vocab_size: int = 257
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128  # d
-    d_ff: int = 0  # neurons of a feed-forward layer; 0 means 4 * n_embd
-    bias: bool = True  # in linear layers and layer norms
-    activation: str = "relu"  # relu, gelu (exact), gelu_tanh (GPT-2's)
-    penalty: str = "hoyer"  # one of PENALTIES: hoyer, l1, none
-    layer_norm_epsilon: float = 1e-5
-    tie_weights: bool = True  # the LM head is the token embedding
-    num_experts: int = 0  # E of each feed-forward layer; 0 means dense
-    router: str = "norm"  # norm (the paper's) or moefication (the baseline's)
-    router_width: int = 0
-    router_power: float = 1.0  # routers regress norm ** power
-    projections: str = "linear"  # the four of attention: linear, mlp (projection MLPs) or moe (these split)
-    projection_experts: int = 0
-    projection_router_width: int = 0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), (int, float) if field.type is float else field.type
-            if not isinstance(value, kind):
-                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r}")
-        self.d_ff = self.d_ff or 4 * self.n_embd
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.d_ff) < 1:
-            raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and d_ff must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        choices = {"activation": ACTIVATIONS, "penalty": PENALTIES, "router": ("norm", "moefication"),
-                   "projections": ("linear", "mlp", "moe")}  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
-            raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
-        if self.num_experts:
-            neurons_per_expert(self.d_ff, self.num_experts)
-        if self.projections == "moe":
-            neurons_per_expert(self.projection_width, self.projection_experts)
-        if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
-            raise ValueError("a router's width must be at least 1")
-
-    @property
-    def projection_width(self) -> int:
-        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection (section 3.5), so that both have about
-        as many parameters: the projection d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2."""
-        d = self.n_embd
-        return max(1, round((d * d + d) / (2 * d + 1)))
-
-
-def neurons_per_expert(neurons: int, num_experts: int) -> int:
-    """h. Raises ValueError unless the experts divide the neurons evenly."""
-    if num_experts < 1 or neurons % num_experts:
-        raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
-    return neurons // num_experts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +105,10 @@ class MLP(nn.Module):
         gate: the argument is there because a DynamicKMoE can stand in the same place."""
         z = self.c_fc(x)  # [..., d_ff]
         a = ACTIVATIONS[self.activation](z)  # [..., d_ff]
-        penalty = sparsity_penalty(z, a, self.activation, self.penalty) if self.training else x.new_full((), math.nan)
+        if self.training:
+            penalty = sparsity_penalty(z, a, self.activation, self.penalty)
+        else:
+            penalty = x.new_full((), math.nan)
         return self.c_proj(a), penalty
 
 
@@ -183,7 +121,7 @@ class Router(nn.Module):
     between, absolute value at the end, since a norm is not negative.
 
     With power p the layers regress norm ** p. p = 1 is the paper's. With p = 0.5 the squared error is not dominated by
-    the large norms, which helps because dynamic_k compares norms with the largest one.
+    the large norms. That helps because at tau = 0.95 dynamic_k decides at 5% of the largest one.
 
     Why norms: y is the sum of the experts' outputs, so leaving some out changes y by at most the sum of their norms.
     """
@@ -245,6 +183,13 @@ class MoEficationRouter(nn.Module):
         return self.logits(x).sigmoid()
 
 
+def neurons_per_expert(neurons: int, num_experts: int) -> int:
+    """h. Raises ValueError unless the experts divide the neurons evenly."""
+    if num_experts < 1 or neurons % num_experts:
+        raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
+    return neurons // num_experts
+
+
 class DynamicKMoE(nn.Module):
     """An MLP cut into E experts of h neurons each, and the router whose norms decide which of them a token runs.
 
@@ -290,6 +235,61 @@ class DynamicKMoE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of a model; convert.py sets the fields from num_experts on. Raises ValueError if they do not fit."""
+
+    block_size: int = 128  # longest context, in tokens
+    vocab_size: int = 257
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128  # d
+    d_ff: int = 0  # neurons of a feed-forward layer; 0 means 4 * n_embd
+    bias: bool = True  # in linear layers and layer norms
+    activation: str = "relu"  # relu, gelu (exact), gelu_tanh (GPT-2's)
+    penalty: str = "hoyer"  # one of PENALTIES: hoyer, l1, none
+    layer_norm_epsilon: float = 1e-5
+    tie_weights: bool = True  # the LM head is the token embedding
+    num_experts: int = 0  # E of each feed-forward layer; 0 means dense
+    router: str = "norm"  # norm (the paper's) or moefication (the baseline's)
+    router_width: int = 0
+    router_power: float = 1.0  # routers regress norm ** power
+    projections: str = "linear"  # the four of attention: linear, mlp (projection MLPs) or moe (these split)
+    projection_experts: int = 0
+    projection_router_width: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), (int, float) if field.type is float else field.type
+            if not isinstance(value, kind):
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {value!r}")
+        self.d_ff = self.d_ff or 4 * self.n_embd
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.d_ff) < 1:
+            raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and d_ff must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        choices = {"activation": ACTIVATIONS, "penalty": PENALTIES, "router": ("norm", "moefication"),
+                   "projections": ("linear", "mlp", "moe")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
+            raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
+        if self.num_experts:
+            neurons_per_expert(self.d_ff, self.num_experts)
+        if self.projections == "moe":
+            neurons_per_expert(self.projection_width, self.projection_experts)
+        if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
+            raise ValueError("a router's width must be at least 1")
+
+    @property
+    def projection_width(self) -> int:
+        """Hidden width m of the MLP d -> m -> d that replaces a d x d projection (section 3.5), so that both have about
+        as many parameters: the projection d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2."""
+        d = self.n_embd
+        return max(1, round((d * d + d) / (2 * d + 1)))
 
 
 class KVCache:

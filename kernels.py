@@ -1,12 +1,14 @@
-"""Running only the selected experts of a feed-forward layer: `expert_ffn`, and the ways to compute it.
+"""Running only the executed experts of a feed-forward layer: `expert_ffn`, and the ways to compute it.
 
-For every token n, with a_e(n) = act(W1_e x_n + b1_e) the h activations of expert e,
+For every token n, with a_e = act(w1[e] @ x_n + b1[e]) the h activations of expert e,
 
-    y_n = sum over e with executed[n, e] of  a_e(n) W2_e          (D2DMoE, arXiv 2310.04361)
+    y_n = sum over e with executed[n, e] of  a_e @ w2[e]          (D2DMoE, arXiv 2310.04361)
 
-    masked_ffn    compute all experts, then zero the unselected ones: the reference; differentiable
+w2[e] [h, d] is the transpose of the paper's W2_e; the bias b2 is added by who calls.
+
+    masked_ffn    compute all experts, then zero the activations of the others: the reference; differentiable
     dense_ffn     the same without gradients, where too little is skipped for another path to pay
-    sampled_ffn   few tokens or small experts on a CPU: read only the selected rows of both matrices, where they lie
+    sampled_ffn   few tokens or small experts on a CPU: read only their rows of both matrices, where these lie
     grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
     triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
 
@@ -52,7 +54,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.
 
 
 def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """All experts run as one dense layer, then the activations of unselected ones are set to zero."""
+    """All experts run as one dense layer, then the activations of those not executed are set to zero."""
     a = ACTIVATIONS[activation](F.linear(x, w1.flatten(0, 1), b1.flatten())).unflatten(1, b1.shape)  # [N, E, h]
     if executed is not None:
         a = a.masked_fill(~executed.unsqueeze(-1), 0)  # [N, E, h]
@@ -148,8 +150,8 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
 
 
 def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    """Only the selected neurons' weights are read, where they lie: of x W1^T the selected entries are computed, then
-    the selected rows of W2 are added up, weighted by the activations. Reading is most of the cost of a few tokens; for
+    """Only the executed experts' weights are read, where they lie: of x W1^T their neurons' entries are computed, then
+    their rows of W2 are added up, weighted by the activations. Reading is most of the cost of a few tokens; for
     many it pays where experts are so small or rare that grouping costs more."""
     (N, d), (E, h, _) = x.shape, w1.shape
     if N == 0:  # a sparse matrix must have rows
@@ -274,10 +276,10 @@ def _group_tokens(executed_ptr, tokens_ptr, counts_ptr, N, E, BLOCK: tl.constexp
     """Program e lists the tokens n with executed[n, e], in order, in tokens[e, :counts[e]]; N <= BLOCK."""
     e = tl.program_id(0)
     n = tl.arange(0, BLOCK)  # [BLOCK]
-    selected = tl.load(executed_ptr + n.to(tl.int64) * E + e, mask=n < N, other=0).to(tl.int32)  # [BLOCK]
-    slot = tl.cumsum(selected, 0) - 1  # the running count is the place in the list, so there is no sort
-    tl.store(tokens_ptr + e.to(tl.int64) * N + slot, n, mask=selected != 0)
-    tl.store(counts_ptr + e, tl.sum(selected, 0))
+    ran = tl.load(executed_ptr + n.to(tl.int64) * E + e, mask=n < N, other=0).to(tl.int32)  # [BLOCK]
+    slot = tl.cumsum(ran, 0) - 1  # the running count is the place in the list, so there is no sort
+    tl.store(tokens_ptr + e.to(tl.int64) * N + slot, n, mask=ran != 0)
+    tl.store(counts_ptr + e, tl.sum(ran, 0))
 
 
 @jit
@@ -372,7 +374,8 @@ def _triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
         return y
     # Triton knows "tf32" for NVIDIA's GPUs only.
     tf32 = x.is_cuda and torch.version.cuda is not None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision, config = "tf32" if tf32 else "ieee", FLOAT32 if x.dtype == torch.float32 else HALF
+    precision = "tf32" if tf32 else "ieee"
+    config = FLOAT32 if x.dtype == torch.float32 else HALF
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if N <= DECODE_TOKENS:
             a = x.new_empty(N, E * h)
@@ -414,7 +417,7 @@ _triton_op.register_fake(lambda x, *_: torch.empty_like(x, memory_format=torch.c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which of them
+# Dispatch
 
 
 def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
@@ -437,12 +440,12 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     return cpu_ffn(*args)
 
 
-# Costs on a CPU, in multiply-adds of a large dense layer, of which the two cores that they were measured on do 49 per
-# nanosecond (a pair of weights, one of w1 and one of w2, counts once). A call or a byte costs the same in any layer.
+# What the paths cost on a CPU. The unit is the time in which a large dense layer uses a pair of weights, one of w1 and
+# one of w2, for one token; the two cores that were measured do 49 pairs per ns. Calls and reads are converted into it.
 DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us; per expert in use 57 us (28 to 75)
 GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
 READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once
-SAMPLED = 2.4  # a multiply-add of sampled_ffn, which does not reuse a row of weights for several tokens
+SAMPLED = 2.4  # a pair in sampled_ffn, which does not reuse a row of weights for several tokens
 
 
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
@@ -454,15 +457,13 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     pairs, used = sum(counts), E - counts.count(0)
     if pairs == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
-    dense = DENSE_CALLS + E * h * d * (READ + N)
-    sampled = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + pairs * SAMPLED)
-    grouped = pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED)
-    if N > 1 and grouped < min(dense, sampled):
-        return grouped_ffn(x, w1, b1, w2, executed, activation)
-    # sampled_addmm takes float32 and float64, and contiguous weights are seen as [E*h, d]
-    if sampled < dense and x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():
-        return sampled_ffn(x, w1, b1, w2, executed, activation)
-    return dense_ffn(x, w1, b1, w2, executed, activation)
+    cost = {
+        dense_ffn: DENSE_CALLS + E * h * d * (READ + N),
+        grouped_ffn: pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED),
+    }
+    if x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():  # as sampled_addmm and its views need
+        cost[sampled_ffn] = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + pairs * SAMPLED)
+    return min(cost, key=cost.get)(x, w1, b1, w2, executed, activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_the_cpu_takes_each_path_where_it_pays(monkeypatch):
     for name in ("masked_ffn", "dense_ffn", "sampled_ffn", "grouped_ffn"):
         path = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, path=path, name=name: taken.append(name) or path(*a))
-    for N, d, E, h, share, expected in (
+    for N, d, E, h, share, expected, *dtype in (
         (1, 512, 16, 128, 0.25, "sampled_ffn"),
         (4, 512, 16, 128, 0.1, "sampled_ffn"),
         (1, 64, 16, 16, 0.1, "dense_ffn"),
@@ -248,9 +248,10 @@ def test_the_cpu_takes_each_path_where_it_pays(monkeypatch):
         (2048, 256, 8, 128, 0.1, "grouped_ffn"),
         (2048, 256, 8, 128, 1.0, "dense_ffn"),
         (512, 128, 64, 8, 0.2, "sampled_ffn"),  # many small experts
+        (1, 512, 16, 128, 0.1, "grouped_ffn", torch.float64),  # sampled_ffn is for float32
         (512, 16, 8, 4, 0.4, "dense_ffn"),  # a call costs more than a tiny expert saves
     ):
-        layer = kernels.random_layer(N, d, E, h, torch.float32, "cpu")
+        layer = kernels.random_layer(N, d, E, h, *dtype or [torch.float32], "cpu")
         executed = kernels.random_mask(N, E, share, "cpu")
         y = kernels.expert_ffn(*layer, executed, "gelu")
         assert taken == [expected], (N, d, E, h, share)
@@ -1160,7 +1161,7 @@ def test_batches_and_schedules_depend_on_seed_and_step_alone(monkeypatch):
     x, y = train.take_windows(tokens, torch.tensor([3, 983]), 16, 1000)
     assert torch.equal(x[0], torch.arange(3, 19)) and torch.equal(y, x + 1) and y[1, -1] == 999
     batches = partial(train.Batches, tokens, config, 5, 12, seed=1, device=torch.device("cpu"))
-    assert len(batches()) == 5 and [x[:, 0].tolist() for x, _ in batches()[1]] == [draws[3]]
+    assert len(batches()) == len(list(batches())) == 5 and [x[:, 0].tolist() for x, _ in batches()[1]] == [draws[3]]
     shares = []
     for rank in (0, 1):  # two processes share out the same sequences
         part = batches(at_once=4)
@@ -1552,11 +1553,11 @@ def test_costs_are_read_off_the_curve_by_interpolation(capsys):
         ("top_k", 1.0, 1.0, 2.0), ("top_k", 0.5, 0.8, 2.4), ("oracle", 1.0, 1.0, 2.0), ("oracle", 0.2, 0.3, 2.01),
     ]  # fmt: skip
     points = [dict(zip(("rule", "executed", "flops", "loss"), row, strict=True)) for row in curve]
-    assert convert.cost_at(points, "dynamic_k", 2.03) == pytest.approx((0.4375, 0.65))
+    assert convert.cost_at(points, "dynamic_k", 2.03) == pytest.approx((0.4375, 0.65, 0.25, 0.5))
     assert convert.cost_at(points, "dynamic_k", 3.0) is convert.cost_at(points, "dynamic_k", 1.9) is None
     convert.print_read_off(points, 2.0)
     out = capsys.readouterr().out
-    assert "at 2% above the dense loss, dynamic_k:  37.5% of the experts,  60.0% of the FLOPs" in out
+    assert "at 2% above the dense loss, dynamic_k:  37.5% of the experts,  60.0% of the FLOPs  (between rows of 25.0% and 50.0%)" in out
     assert re.search("at 2% above the dense loss, oracle +: outside of this table", out)
 
 
