@@ -43,7 +43,7 @@ from d2dmoe import (
     dynamic_k, flops_per_token, keep_previous, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, claim, draw_offsets, evaluate, fingerprint, held_out,
+    OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, evaluate, fingerprint, held_out,
     learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes,
     take_windows,
 )  # fmt: skip
@@ -98,9 +98,9 @@ def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
     """Assigns n points to k clusters, exactly n / k to each, with a sum of scores within n * epsilon of the largest.
 
     The auction algorithm (Bertsekas 1988). Each unassigned point bids on the cluster with the best score minus price:
-    the price at which its second choice would be as good, plus epsilon. A cluster keeps its h highest bidders, and its price
-    becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next call)
-    -> assignment [n] int64.
+    the price at which its second choice would be as good, plus epsilon. A cluster keeps its h highest bidders, and its
+    price becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next
+    call) -> assignment [n] int64.
     """
     (n, k), h = score.shape, score.shape[0] // score.shape[1]
     if k == 1:
@@ -427,9 +427,11 @@ def cost_table(
 
 
 def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, ...] | None:
-    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve, and the executed shares between which
-    that was done; None outside of the curve."""
+    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve, and the executed shares of the two
+    rows between which that was done; None outside of the curve."""
     curve = sorted((p for p in points if p["rule"] == rule), key=lambda p: p["executed"])
+    if curve[0]["loss"] < loss:  # fewer experts than in any row would do
+        return None
     for low, high in zip(curve, curve[1:]):  # from the cheapest on
         if high["loss"] <= loss <= low["loss"]:
             drop = low["loss"] - high["loss"]
@@ -568,12 +570,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to run").add_argument
     add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging"
         f" Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
-    add("--out", type=Path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
+    add("--out", type=as_path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
     add("--data", help="text or a folder of .bin files, as in train.py (default: those beside the checkpoint)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own)")
     add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: no training")
-    add("--export", type=Path, metavar="FOLDER", help="only write the dense model as a folder for transformers")
-    add("--compare", type=Path, nargs="+", default=[], metavar="FOLDER", help="other conversions for the picture")
+    add("--export", type=as_path, metavar="FOLDER", help="only write the dense model as a folder for transformers")
+    add("--compare", type=as_path, nargs="+", default=[], metavar="FOLDER", help="other conversions for the picture")
     add = parser.add_argument_group("model").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="better: coactivation clusters and square roots of norms;"
         " moefication: the baseline, a classifier and top-k")  # fmt: skip
@@ -659,7 +661,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
-    place = Path(args.ckpt).expanduser()
+    place = as_path(args.ckpt)
     home = place.parent if place.is_file() else place  # where the checkpoint's tokens lie
     out = args.out or home
     with rank_zero_first():
@@ -673,21 +675,22 @@ def main(argv: list[str] | None = None) -> None:
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
         lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
+    windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     origin = zlib.crc32(dense.transformer.wte.weight.contiguous().numpy())  # tells one dense model from another
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
-        dense_loss, _ = evaluate(dense, val_tokens, args.eval_windows, EVAL_BATCH)
+        dense_loss, _ = evaluate(dense, val_tokens, windows, EVAL_BATCH)
         if not math.isfinite(dense_loss):
             raise ValueError(f"the dense model's loss on held-out text is {dense_loss}: this checkpoint cannot be used")
     start = time.perf_counter()
 
     if args.eval:
-        moe, recipe = read_conversion(out, args.ckpt, origin)
+        moe, recipe = read_conversion(out, args.ckpt, origin, text)
         moe.to(device)
     else:
         moe = convert(dense, tokens, args)
-        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin)
+        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin, text=text)
         if rank == 0:
             kept = keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
@@ -704,11 +707,11 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     if moe.config.projections == "moe":
-        loss, _ = evaluate(moe, val_tokens, args.eval_windows, EVAL_BATCH)
+        loss, _ = evaluate(moe, val_tokens, windows, EVAL_BATCH)
         say(f"with projection MLPs and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
-    points = cost_table(moe, dense, val_tokens, args.eval_windows, args.taus, dense_loss)
+    points = cost_table(moe, dense, val_tokens, windows, args.taus, dense_loss)
     print_read_off(points, dense_loss)
-    about = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {args.eval_windows} windows"
+    about = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {windows} windows"
     points = [{"recipe": recipe, **p, "dense_loss": dense_loss, "text": about} for p in points]
     if any(table[0]["text"] != about for table in tables):
         say("warning: not all of --compare were measured on this text and as many windows")
@@ -739,15 +742,18 @@ def open_corpus(
     return *tokens, tokenizer, text
 
 
-def read_conversion(out: Path, ckpt: str, origin: int) -> tuple[GPT, str]:
+def read_conversion(out: Path, ckpt: str, origin: int, text: dict) -> tuple[GPT, str]:
     """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
-    `ckpt`, whose checksum is `origin`, and FileNotFoundError."""
+    `ckpt`, whose checksum is `origin`, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
+    """
     checkpoint = load_checkpoint(out, ("d2dmoe.pt",))
     moe = build_model(checkpoint, out).requires_grad_(False)
     if not moe.config.num_experts:
         raise ValueError(f"{out}/d2dmoe.pt is a dense model")
     if checkpoint.get("origin") not in (None, origin):
         raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: give its own as --ckpt")
+    if checkpoint.get("text") not in (None, text):
+        say(f"warning: {out}/d2dmoe.pt was converted on another text, which --data can name")
     return moe, str(checkpoint.get("recipe"))
 
 

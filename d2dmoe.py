@@ -281,6 +281,8 @@ class GPTConfig:
             neurons_per_expert(self.d_ff, self.num_experts)
         if self.projections == "moe":
             neurons_per_expert(self.projection_width, self.projection_experts)
+        if (self.projections, bool(self.num_experts)) in (("mlp", True), ("moe", False)):
+            raise ValueError("projections are mlp in a dense model only, and moe in a converted one")
         if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
             raise ValueError("a router's width must be at least 1")
 
@@ -350,7 +352,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # [B, nh, length + T, hs]
             if cache.length > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
                 mask = k.new_ones(T, k.shape[2], dtype=torch.bool).tril(cache.length)  # [T, length + T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # [B, nh, T, hs]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None or cache.length == 0)
         return y.transpose(1, 2).reshape(B, T, d)  # [B, T, nh, hs] -> [B, T, d]
 
 
@@ -558,8 +560,9 @@ def read_weights(path: Path) -> dict:
             return load_file(path)
         if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"checksum of {damaged} is wrong")
+                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+                if damaged := archive.testzip() or "".join(folders):  # of those torch.load would leave tensors unset
+                    raise ValueError(f"its {damaged} is damaged")
         with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
             warnings.simplefilter("ignore")
             raw = torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
@@ -717,7 +720,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     a file with GPT-2's weights; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, whose weights are downloaded.
     Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
     if not path.is_file():  # nor a pipe, which would be waited for

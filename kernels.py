@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
     if row.shape[1] == 1:
         y = torch.sparse.sampled_addmm(every_entry(out), row[0].expand(4, -1), weight.t(), beta=0).values()  # [out]
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)  # [..., out]
+        return (y if bias is None else y + bias).view(*x.shape[:-1], out)  # [..., out]
     n = out - out % 8
     w8 = weight[:n].view(8, n // 8, -1).transpose(1, 2)  # [8, in, n/8]
     y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from d2dmoe import GPT, Gate, atomic_write, build_model, dynamic_k, flops_per_token, generate, load_checkpoint
-from train import Parser, add_system_options, encode, load_tokenizer, number, pick_device, printable, run, vocabulary
+from train import (
+    Parser, add_system_options, as_path, encode, load_tokenizer, number, pick_device, printable, run, vocabulary,
+)  # fmt: skip
 
 SHADES = (255, 224, 217, 210, 203, 160)  # of a terminal's 256 colours, from white to red, behind black text
 
@@ -86,7 +88,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore_end", action="store_true", help="go on after <|endoftext|>")
     add("--color", choices=("auto", "always", "never"), default="auto", help="shade tokens by their share of experts;"
         " auto: on a terminal")  # fmt: skip
-    add("--picture", type=Path, metavar="FILE", help="draw the first text: tokens x layers, colour = share of experts")
+    add("--picture", type=as_path, metavar="FILE", help="draw the first text: tokens x layers, colour = share of"
+        " experts")  # fmt: skip
     add_system_options(parser)
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:
@@ -142,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             piece = show(written[-1])
             print(shade(piece, shares[-1], shares) if shaded and piece.strip() else piece, end="", flush=True)
         print(show(decoder.decode(b"", final=True)))
-        if args.picture and sample == 0:
+        if args.picture and sample == 0 and written:
             draw(args.picture, [show(piece) for piece in written], counts, experts)
 
     measured = min(32, args.max_new_tokens)

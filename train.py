@@ -100,6 +100,11 @@ def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable
     return parse
 
 
+def as_path(text: str) -> Path:
+    """An option's type: a shell leaves the ~ of --out=~/run to us."""
+    return Path(os.path.expanduser(text))
+
+
 def add_system_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options that the three scripts have in common."""
     group = parser.add_argument_group("system")
@@ -121,7 +126,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own, else bytes)")
     add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or"
         f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
-    add("--out", type=Path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
+    add("--out", type=as_path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
     add("--preset", choices=PRESETS, default="default", help="gpt2: as the authors fine-tune it, but for dropout")
     add = parser.add_argument_group("model (decided by the checkpoint where there is one)").add_argument
     add("--n_layer", type=count, help="blocks (default: 4)")
@@ -152,7 +157,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--eval_every", type=count, default=100, help="steps between evaluations; each one saves")
     add("--eval_windows", type=count, default=128, help="windows of held-out text per evaluation")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix multiplies")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     args = parser.parse_args(argv)
     settings = PRESETS[args.preset]
     if args.init == "resume":
@@ -308,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, world = start_processes(device)
     torch.manual_seed(args.seed)
     if args.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or leave --compile out")
+        raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or give --no-compile")
     with rank_zero_first():  # lock keeps --out to this run for as long as the variable lives
         model, folder, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
     config = model.config
@@ -334,9 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         if replaces and (kept := keep_previous(args.out / "ckpt.pt")):
             say(f"the model that was in {args.out}/ckpt.pt stays as {kept}")
-        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
+        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
         replaces = False
 
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -418,7 +423,7 @@ def open_run(
     source = args.out if resuming else args.init
     data = args.data or (str(args.out) if resuming else "stdlib")
     out, new = args.out, args.out / ".new"  # text is encoded there, until the first checkpoint is saved
-    if Path(data).expanduser() == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
+    if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
         raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     lock = claim(out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None
     if rank == 0:
@@ -544,7 +549,7 @@ def own_tokenizer(folder: Path) -> str | None:
 
 def text_files(data: str) -> list[Path]:
     """The files of "stdlib", or of a file or folder, sorted. Raises FileNotFoundError or ValueError."""
-    root, skip = Path(data).expanduser(), set()
+    root, skip = as_path(data), set()
     if data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -627,7 +632,8 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
     if len(tokens) < block_size + 1:
-        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}: give more text")
+        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
+                         " (held out are every tenth file or, of fewer, the last tenth)")
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
@@ -654,7 +660,7 @@ def prepare_tokens(
     """The folder with the tokens of `data`, and their tokenizer's name if anything tells it: --tokenizer (asked), the
     checkpoint of `model` (stated) or nanoGPT's meta.pkl, which must agree. Rank 0 encodes text into `new`.
     Raises ValueError or OSError."""
-    folder = Path(data).expanduser()
+    folder = as_path(data)
     if not isinstance(stated, str | None):
         raise ValueError(f"the checkpoint's tokenizer must be a name, not {stated!r}")
     encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
@@ -764,7 +770,8 @@ def noted_signals() -> Iterator[list[tuple[int, float]]]:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):  # no SIGHUP on Windows; only the main thread may ask
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
+            if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # nohup's, or a script's &
+                before[number] = signal.signal(number, note)
     try:
         yield stop
     finally:
