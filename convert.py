@@ -40,12 +40,12 @@ from torch import Tensor
 
 from d2dmoe import (
     GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model,
-    dynamic_k, flops_per_token, keep_previous, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
+    dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
     OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, evaluate, fingerprint, held_out,
-    learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say, start_processes,
-    take_windows,
+    keep_previous, learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say,
+    start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,13 +459,11 @@ COLUMNS = ("recipe", "rule", "value", "executed", "flops", "time", "loss", "dens
 
 def write_table(path: Path, points: list[dict]) -> None:
     """The points as CSV; an earlier table keeps another name. Raises OSError."""
-    kept = keep_previous(path)
+    keep_previous(path)
     with atomic_write(path) as f:
         writer = csv.DictWriter(codecs.getwriter("utf-8")(f, "backslashreplace"), COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(points)
-    if kept:
-        say(f"the earlier table stays as {kept}")
 
 
 def read_table(folder: Path) -> list[dict]:
@@ -692,10 +690,8 @@ def main(argv: list[str] | None = None) -> None:
         moe = convert(dense, tokens, args)
         recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin, text=text)
         if rank == 0:
-            kept = keep_previous(out / "d2dmoe.pt")
+            keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
-            if kept:
-                say(f"the d2dmoe.pt that was in {out} stays as {kept}")
         if args.finetune:  # stopped or diverged, it leaves the file without it
             batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
             finetune(moe, batches, args.finetune_lr)
@@ -706,9 +702,6 @@ def main(argv: list[str] | None = None) -> None:
     if rank > 0:
         return
 
-    if moe.config.projections == "moe":
-        loss, _ = evaluate(moe, val_tokens, windows, EVAL_BATCH)
-        say(f"with projection MLPs and all experts: loss {loss:.4f}, {loss / dense_loss - 1:+.2%}")
     points = cost_table(moe, dense, val_tokens, windows, args.taus, dense_loss)
     print_read_off(points, dense_loss)
     about = f"{text['train_tokens']} training and {text['val_tokens']} held-out tokens, {windows} windows"

@@ -28,11 +28,10 @@ import math
 import os
 import re
 import secrets
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -525,23 +524,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def keep_previous(path: Path) -> Path | None:
-    """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on,
-    so that writing over it loses nothing. -> that name, or None if there is no file. Raises OSError."""
-    if not path.exists():
-        return None
-    number = 1
-    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{number}' if number > 1 else ''}")):
-        number += 1
-    try:
-        os.link(path.resolve(), kept)
-    except OSError:  # a file system without hard links, or a link to another one
-        shutil.copyfile(path, kept)
-    return kept
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:

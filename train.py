@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, PENALTIES, Gate, GPTConfig, atomic_write, build_model, keep_previous, load_checkpoint,
-    save_checkpoint, square_hoyer,
+    GPT, GPT2_REPOS, PENALTIES, Gate, GPTConfig, atomic_write, build_model, load_checkpoint, save_checkpoint,
+    square_hoyer,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
@@ -337,8 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     def save(step: int) -> None:
         nonlocal replaces, folder
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
-        if replaces and (kept := keep_previous(args.out / "ckpt.pt")):
-            say(f"the model that was in {args.out}/ckpt.pt stays as {kept}")
+        if replaces:
+            keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
         folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
@@ -691,7 +691,7 @@ def adopt_tokens(folder: Path, out: Path) -> Path:
         if target == path.resolve():
             continue
         if path.exists() and not path.is_symlink() and not filecmp.cmp(path, target, shallow=False):
-            say(f"the {name} that was in {out} stays as {keep_previous(path)}")
+            keep_previous(path)
         if folder == out / ".new":
             os.replace(target, path)
         else:
@@ -798,6 +798,21 @@ def claim(folder: Path, *names: str) -> BinaryIO:
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another run is writing into {folder}: wait for it or choose another --out") from None
     return lock
+
+
+def keep_previous(path: Path) -> None:
+    """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on,
+    so that writing over it loses nothing, and says so. Raises OSError."""
+    if not path.exists():
+        return
+    number = 1
+    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{number}' if number > 1 else ''}")):
+        number += 1
+    try:
+        os.link(path.resolve(), kept)
+    except OSError:  # a file system without hard links, or a link to another one
+        shutil.copyfile(path, kept)
+    say(f"the {path.name} that was in {path.parent} stays as {kept}")
 
 
 def pick_device(name: str) -> torch.device:
