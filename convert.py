@@ -23,6 +23,7 @@ import copy
 import csv
 import json
 import math
+import shlex
 import statistics
 import time
 import zlib
@@ -443,10 +444,11 @@ def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, ...] | N
 
 def print_read_off(points: list[dict], dense_loss: float) -> None:
     """What each rule costs at 1% and at 2% above the dense loss. (An oracle is not priced: it runs every expert.)"""
+    rules = dict.fromkeys(p["rule"] for p in points)
     say()
     for percent in (1, 2):
-        for rule in dict.fromkeys(p["rule"] for p in points):
-            cost = "outside of this table (--eval measures other --taus)"
+        for rule in rules:
+            cost = "outside of this table" + " (--eval measures other --taus)" * ("dynamic_k" in rules)
             if found := cost_at(points, rule, dense_loss * (1 + percent / 100)):
                 executed, flops, low, high = found
                 cost = f"{executed:6.1%} of the experts" + f", {flops:6.1%} of the FLOPs" * (rule != "oracle")
@@ -671,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
             if rank == 0:
                 export_gpt2(dense, args.export)
             return say(f"wrote {args.export}/config.json and pytorch_model.bin")
-        lock = claim(out, "d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png") if rank == 0 else None  # noqa: F841
+        lock = claim(out) if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     origin = zlib.crc32(dense.transformer.wte.weight.contiguous().numpy())  # tells one dense model from another
@@ -692,6 +694,9 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
+            for name in ("cost_vs_loss.csv", "cost_vs_loss.png"):  # of an earlier conversion; this one may be stopped
+                keep_previous(out / name)
+                (out / name).unlink(missing_ok=True)
         if args.finetune:  # stopped or diverged, it leaves the file without it
             batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
             finetune(moe, batches, args.finetune_lr)
@@ -716,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu" and useful and not any(p["time"] <= 0.95 for p in useful):  # nan: not timed
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
     if tokenizer and moe.config.router == "norm":
-        say(f"now: python sample.py --ckpt {out} --tau 0.95")
+        say(f"now: python sample.py --ckpt {shlex.quote(str(out))} --tau 0.95")
 
 
 def open_corpus(

@@ -520,6 +520,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        if isinstance(error, OSError) and error.errno is None:  # another file's, which has said so
+            raise
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
@@ -639,9 +641,11 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     for k, w in sd.items():
         conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
         weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
-    tied = is_tied(weights)
-    if hf.get("tie_word_embeddings") and not tied:
-        raise ValueError(f"{source}: config.json ties them, but lm_head.weight differs from wte.weight")
+    tied, should_be = is_tied(weights), hf.get("tie_word_embeddings", True)
+    if should_be and not tied:
+        raise ValueError(f"{source}: lm_head.weight differs from wte.weight, and config.json does not untie them")
+    if not should_be and "lm_head.weight" not in sd:
+        raise ValueError(f"{source}: config.json unties lm_head.weight from wte.weight, but there is none")
     config = dict(
         block_size=hf.get("n_positions") or positions,
         vocab_size=hf.get("vocab_size") or V,

@@ -854,10 +854,13 @@ def test_a_hugging_face_folder_that_would_compute_something_else_is_refused_by_n
         "layer_norm_epsilon must lie between": [dict(layer_norm_epsilon=0)],
         "2 blocks for n_layer 3": [dict(n_layer=3)],
         "fits its own sizes": [dict(n_inner=64), dict(vocab_size=300), dict(n_embd=64), dict(n_positions=32)],
-        "lm_head.weight differs from wte.weight": [dict(tie_word_embeddings=True)],
+        "lm_head.weight differs from wte.weight": [
+            dict(tie_word_embeddings=True), dict(tie_word_embeddings="absent")],
     }.items():
         for changes in wrong:
             assert message in refused(load_model, hf_folder(folder, weights, **untied | changes))
+    headless = hf_folder(tmp_path / "headless", gpt2_weights(), **untied)
+    assert "config.json unties lm_head.weight from wte.weight, but there is none" in refused(load_model, headless)
     for text, message in (("{", "JSONDecodeError"), ("[]", "AttributeError")):
         (folder / "config.json").write_text(text)
         assert re.search(f"{folder} is not a checkpoint .*{message}", refused(load_model, folder))
@@ -1524,12 +1527,14 @@ def test_finetuning_is_cross_entropy_with_the_gate_on_and_the_routers_regression
 
 def test_a_finetuning_that_diverges_costs_no_routers(trained, tmp_path, capsys):
     finetuned = ("--finetune", 9, "--finetune_lr", 1e30, "--out", tmp_path)
-    shutil.copy(trained / "d2dmoe.pt", tmp_path)
+    for name in ("d2dmoe.pt", "cost_vs_loss.csv"):
+        shutil.copy(trained / name, tmp_path)
     assert "fine-tuning: the loss is not finite" in refused(convert.main, *CONVERT, "--ckpt", trained, *finetuned)
     kept, without = saved(tmp_path, "d2dmoe.pt"), saved(trained, "d2dmoe.pt")  # both of the same options and seed
     assert kept["recipe"] == without["recipe"] and "fine-tuning" not in kept["recipe"]
     assert f"stays as {tmp_path}/d2dmoe-previous.pt" in capsys.readouterr().out  # told before it is written over
     assert_same_weights(kept["model"], without["model"], 0)
+    assert [p.name for p in tmp_path.glob("cost*")] == ["cost_vs_loss-previous.csv"]  # it is not this conversion's
 
 
 def test_the_table_is_the_model_measured_by_hand(trained):
@@ -1848,7 +1853,7 @@ def test_a_mistake_is_one_line_and_status_1_a_signal_128_and_its_number_a_bug_a_
     ):
         with pytest.raises(SystemExit) as end:
             train.run(main)
-        said = capsys.readouterr().err
+        said = capsys.readouterr().err.removeprefix("\n")  # which ends what is half written
         assert end.value.code == status and said.startswith(message) and said.count("\n") == bool(message)
     with pytest.raises(RuntimeError, match="a bug"):
         train.run(Mock(side_effect=RuntimeError("a bug")))
@@ -1900,7 +1905,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (convert.main, ("--lr inf", "--taus 0.5 -0.5", "--router_power 0")),
         (sample.main, ("--tau 1.5", "--tau nan", "--seed -1", "--top_k 0")),
     ):
-        assert all("does not lie between" in refused(main, *line.split()) for line in words)
+        assert all(re.search(r" is not (at least|between) \d", refused(main, *line.split())) for line in words)
 
     monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no route")))
     line = refused(train.main, *into, "--tokenizer", "gpt2")
@@ -1910,18 +1915,15 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     assert not list(out.glob("*.pt")) and {p: p.read_bytes() for p in before} == before
 
 
-def test_what_the_end_needs_is_tried_at_the_start(trained, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_noticed_at_the_start(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "encode_text", lambda *_: pytest.fail("it began"))
     monkeypatch.setattr(convert, "evaluate", lambda *_: pytest.fail("it began"))
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("ckpt.pt", "d2dmoe.pt"):
-        (tmp_path / "folders" / name).mkdir(parents=True)
     for command in ((train.main, *TINY, "--data", trained / "text.txt"), (convert.main, *CONVERT, "--ckpt", trained)):
-        refusal = lambda out, command=command: refused(*command, "--out", tmp_path / out)
-        assert "file is not a folder" in refusal("file") and "file is not a folder" in refusal("file/deeper")
-        assert "link is not a folder" in refusal("link")
-        assert ".pt is a folder, where a file is to be written" in refusal("folders")
+        for out, reason in ("file", "File exists"), ("file/deeper", "Not a directory"), ("link", "File exists"):
+            line = refused(*command, "--out", tmp_path / out)
+            assert f"cannot write into {tmp_path / out} ({reason}): choose another --out" in line
 
 
 def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(trained, tmp_path):
@@ -1972,7 +1974,11 @@ def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
     run_train(out, "--init", "resume", "--steps", 11)
     assert "warning" not in capsys.readouterr().out
     run_train(out, "--init", "resume", "--steps", 12, "--data", text)
-    assert "warning: this is not the text of the run so far" in capsys.readouterr().out
+    assert "warning: the checkpoint was trained on another text" in capsys.readouterr().out
+    for init, data, warns in (trained, trained, False), (trained, text, True), (tmp_path / "nanogpt.pt", text, False):
+        torch.save({k: v for k, v in saved(trained).items() if k != "text"}, tmp_path / "nanogpt.pt")
+        run_train(tmp_path / "tuned", "--init", init, "--data", data, "--tokenizer", "bytes", "--steps", 1)
+        assert ("was trained on another text" in capsys.readouterr().out) == warns
     for name in ("train.bin", "val.bin"):
         shutil.copy(trained / name, out)
     for command in (run_train, out, "--init", "resume", "--steps", 20), (run_convert, out):
@@ -1988,12 +1994,16 @@ def test_an_earlier_model_keeps_another_name(trained, tmp_path, capsys, monkeypa
     assert f"stays as {tmp_path}/ckpt-previous.pt" in capsys.readouterr().out
     second = (tmp_path / "ckpt.pt").read_bytes()
     run_train(tmp_path, *data, "--steps", 10, "--seed", 2)
-    run_train(tmp_path, "--init", "resume", "--steps", 20)  # the same run going on: nothing to keep
+    third = (tmp_path / "ckpt.pt").read_bytes()
+    stop_at(monkeypatch, 5)
+    assert run_train(tmp_path, "--init", "resume", "--steps", 20) == 143  # a finished model goes on: it is kept
+    assert saved(tmp_path)["step"] == 15
+    run_train(tmp_path, "--init", "resume", "--steps", 20)  # a stopped one goes on: there is nothing to keep
     run_train(tmp_path, *data, "--init", tmp_path / "ckpt-previous.pt", "--steps", 10)  # back to the first one
-    names = {"ckpt-previous.pt", "ckpt-previous-2.pt", "ckpt-previous-3.pt", "ckpt.pt"}
+    names = {*(f"ckpt-previous{i}.pt" for i in ("", "-2", "-3", "-4")), "ckpt.pt"}
     assert {p.name for p in tmp_path.glob("*.pt")} == names and not list(tmp_path.glob("*.tmp"))
-    assert (tmp_path / "ckpt-previous.pt").read_bytes() == first
-    assert (tmp_path / "ckpt-previous-2.pt").read_bytes() == second
+    for i, content in (("", first), ("-2", second), ("-3", third)):
+        assert (tmp_path / f"ckpt-previous{i}.pt").read_bytes() == content
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -2112,7 +2122,7 @@ def test_a_second_ctrl_c_cuts_a_long_step_short(trained, tmp_path):
         except subprocess.TimeoutExpired:  # the first one only asks to stop after the step
             process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and re.fullmatch("interrupted.*\n", err)
+    assert process.returncode == 130 and re.fullmatch("\ninterrupted.*\n", err)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -2151,6 +2161,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     assert re.fullmatch("error: cannot write .*ckpt.pt: File too large; an older file is untouched\n", err)
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     run_train(tmp_path, "--init", "resume", "--steps", 31)  # the earlier run has its tokens still
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    _, err = start("train.py", *TINY, *options, preexec_fn=limit).communicate(timeout=120)
+    assert re.fullmatch("error: cannot write .*(train|val).bin: File too large; an older file is untouched\n", err)
 
 
 @pytest.mark.parametrize("name", ["train", "convert"])

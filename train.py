@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -93,7 +94,8 @@ def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:g} and {high:g}")
+            bounds = f"at least {low:g}" if high >= 2**40 else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
@@ -327,24 +329,26 @@ def main(argv: list[str] | None = None) -> int:
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
+    # Whether ckpt.pt is an earlier run's, or this one's when it had all its steps: such a model is kept.
+    replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()
+    keeps = replaces or f"--steps={first}" in checkpoint.get("arguments", ())
     del checkpoint  # frees its weights and moments, which have been copied
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()  # an earlier run's model
 
     def save(step: int) -> None:
-        nonlocal replaces, folder
+        nonlocal replaces, keeps, folder
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
-        if replaces:
+        if keeps:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
         folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
-        replaces = False
+        replaces = keeps = False
 
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
     say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)")
     say("loss, val loss: cross entropy in nats per token; zeros: share of activations that are zero;")
@@ -398,9 +402,9 @@ def main(argv: list[str] | None = None) -> int:
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
-                    say(f"stopped at step {done} and saved; go on with: python train.py --init resume --out {args.out}")
+                    say(f"stopped at step {done} and saved; go on with: python train.py --init resume --out {quoted}")
                 return 128 + (stop[0][0] if stop else signal.SIGTERM)
-    say(f"\nwrote {args.out}/ckpt.pt; now: python convert.py --ckpt {args.out}")
+    say(f"\nwrote {args.out}/ckpt.pt; now: python convert.py --ckpt {quoted}")
     return 0
 
 
@@ -425,7 +429,7 @@ def open_run(
     out, new = args.out, args.out / ".new"  # text is encoded there, until the first checkpoint is saved
     if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
         raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-    lock = claim(out, "ckpt.pt", "train.bin", "val.bin") if rank == 0 else None
+    lock = claim(out) if rank == 0 else None
     if rank == 0:
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
@@ -433,10 +437,11 @@ def open_run(
     folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, new)
     model = initial_model(args, base, tokenizer)
     tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
-    if resuming and fingerprint(*tokens) != checkpoint.get("text"):
-        if args.data is None:
-            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
-        say("warning: this is not the text of the run so far, which may have been trained on what is held out now")
+    text, trained_on = fingerprint(*tokens), checkpoint.get("text")
+    if resuming and args.data is None and trained_on != text:
+        raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
+    if checkpoint and trained_on not in (None, text):
+        say("warning: the checkpoint was trained on another text than --data, perhaps on some that is held out now")
     return model, folder, *tokens, tokenizer, checkpoint, lock
 
 
@@ -737,7 +742,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; files are complete or as they were\n"
+        status, message = 130, "\ninterrupted; files are complete or as they were\n"
     except BrokenPipeError:  # who read our output has left, as head does
         status = 128 + 13
     except (ValueError, OSError) as error:
@@ -779,17 +784,14 @@ def noted_signals() -> Iterator[list[tuple[int, float]]]:
             signal.signal(signum, handler)
 
 
-def claim(folder: Path, *names: str) -> BinaryIO:
-    """Makes the folder, tries now what the end of a run needs, and locks the folder against a second run for as long as
-    the result is kept. Raises OSError or ValueError."""
-    for path in [folder, *folder.parents]:
-        if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(f"--out {folder} cannot be made: {path} is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} is a folder, where a file is to be written: choose another --out")
-    lock = open(folder / ".lock", "wb")  # fails where the folder cannot be written
+def claim(folder: Path) -> BinaryIO:
+    """Makes the folder and locks it against a second run for as long as the result is kept. Raises OSError where it
+    cannot be written, ValueError where another run has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "wb")
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
     with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems no locks
         import fcntl
 
