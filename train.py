@@ -399,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
                 if rank == 0 and replaces:
+                    shutil.rmtree(args.out / ".new", ignore_errors=True)
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
@@ -637,7 +638,7 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
     if len(tokens) < block_size + 1:
-        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
+        raise ValueError(f"{path.name}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
                          " (held out are every tenth file or, of fewer, the last tenth)")
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
