@@ -31,7 +31,7 @@ import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -280,7 +280,7 @@ class GPTConfig:
             neurons_per_expert(self.d_ff, self.num_experts)
         if self.projections == "moe":
             neurons_per_expert(self.projection_width, self.projection_experts)
-        if (self.projections, bool(self.num_experts)) in (("mlp", True), ("moe", False)):
+        if self.projections == ("mlp" if self.num_experts else "moe"):
             raise ValueError("projections are mlp in a dense model only, and moe in a converted one")
         if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
             raise ValueError("a router's width must be at least 1")
@@ -526,7 +526,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or a file system that is read-only now: what is raised above says more
+            temporary.unlink()
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:

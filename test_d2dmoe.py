@@ -1273,9 +1273,8 @@ def test_resuming_takes_the_runs_options_and_refuses_what_the_checkpoint_decides
     assert (args.steps, args.lr, args.alpha, args.seed, args.grad_accum) == (12, 1e-4, 0.25, 7, 2)
     assert (args.dtype, args.eval_windows) == ("bfloat16", 8)
     stored = train.as_words(argparse.Namespace(**vars(args) | {"compile": True}))
-    torch.save(saved(tmp_path) | {"arguments": stored}, tmp_path / "compiled.pt")
     (tmp_path / "c").mkdir()
-    (tmp_path / "compiled.pt").rename(tmp_path / "c" / "ckpt.pt")
+    torch.save(saved(tmp_path) | {"arguments": stored}, tmp_path / "c" / "ckpt.pt")
     given = [["--init", "resume", "--out", str(tmp_path / "c"), *more] for more in ([], ["--no-compile"])]
     assert [train.parse_arguments(words).compile for words in given] == [True, False]
     for option, value, has in (
@@ -1574,6 +1573,8 @@ def test_costs_are_read_off_the_curve_by_interpolation(capsys):
     points = [dict(zip(("rule", "executed", "flops", "loss"), row, strict=True)) for row in curve]
     assert convert.cost_at(points, "dynamic_k", 2.03) == pytest.approx((0.4375, 0.65, 0.25, 0.5))
     assert convert.cost_at(points, "dynamic_k", 3.0) is convert.cost_at(points, "dynamic_k", 1.9) is None
+    bumpy = [points[0], points[1], points[2] | {"loss": 2.005}]  # its cheapest row is below 2.01: the cost is unknown
+    assert convert.cost_at(bumpy, "dynamic_k", 2.01) is None
     convert.print_read_off(points, 2.0)
     out = capsys.readouterr().out
     assert "dynamic_k:  37.5% of the experts,  60.0% of the FLOPs  (between rows of 25.0% and 50.0%)" in out
@@ -2161,6 +2162,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     assert re.fullmatch("error: cannot write .*ckpt.pt: File too large; an older file is untouched\n", err)
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     run_train(tmp_path, "--init", "resume", "--steps", 31)  # the earlier run has its tokens still
+    assert (tmp_path / "ckpt-previous.pt").read_bytes() == before
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     _, err = start("train.py", *TINY, *options, preexec_fn=limit).communicate(timeout=120)
     assert re.fullmatch("error: cannot write .*(train|val).bin: File too large; an older file is untouched\n", err)

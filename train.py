@@ -329,9 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
-    # Whether ckpt.pt is an earlier run's, or this one's when it had all its steps: such a model is kept.
-    replaces = args.init != "resume" and (args.out / "ckpt.pt").exists()
-    keeps = replaces or f"--steps={first}" in checkpoint.get("arguments", ())
+    # Whether there is a ckpt.pt to be kept: another run's, or this one's of when it had all its steps.
+    keeps = (args.out / "ckpt.pt").exists() and (args.init != "resume" or f"--steps={first}" in checkpoint["arguments"])
     del checkpoint  # frees its weights and moments, which have been copied
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
@@ -339,14 +338,14 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def save(step: int) -> None:
-        nonlocal replaces, keeps, folder
+        nonlocal keeps, folder
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         if keeps:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
         folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
-        replaces = keeps = False
+        keeps = False
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
@@ -398,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{left // 60:3d}m{left % 60:02d}s")  # fmt: skip
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
-                if rank == 0 and replaces:
+                if rank == 0 and keeps and args.init != "resume":
                     shutil.rmtree(args.out / ".new", ignore_errors=True)
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
