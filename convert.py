@@ -44,8 +44,8 @@ from d2dmoe import (
     dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, evaluate, fingerprint, held_out,
-    keep_previous, learning_rate, number, open_tokens, pick_device, prepare_tokens, rank_zero_first, run, say,
+    OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, encode_text, evaluate, find_tokens,
+    fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, rank_zero_first, run, say,
     start_processes, take_windows,
 )  # fmt: skip
 
@@ -730,9 +730,9 @@ def open_corpus(
     """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. Raises ValueError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    encode_into = out / "text" if (out / "train.bin").exists() else out  # not over the tokens of a training run
-    stated = checkpoint.get("tokenizer")
-    folder, tokenizer = prepare_tokens(args.data or str(home), args.tokenizer, stated, dense, encode_into)
+    data, new = args.data or str(home), out / "text" if (out / "train.bin").exists() else out  # not over a run's tokens
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
+    folder = folder or encode_text(data, tokenizer, new)
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):

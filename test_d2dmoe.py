@@ -1044,7 +1044,7 @@ def write_bins(folder, vocab=257, letters=""):
 
 
 def encoded(data, out):
-    train.encode_text(str(data), train.load_tokenizer("bytes"), out)
+    train.encode_text(str(data), "bytes", out)
     return tokens_of(out), tokens_of(out, "val.bin")
 
 
@@ -1139,7 +1139,8 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
     encoded(write_text(tmp_path / "text.txt"), c)
     (c / ".lock").touch()  # an earlier run
     for out, data in ((b, a), (c, b), (a, c), (b, b)):  # links must not end where they begin
-        run_train(out, "--data", data, "--tokenizer", "bytes", "--steps", 1)
+        told = () if (data / "ckpt.pt").exists() else ("--tokenizer", "bytes")  # a run's checkpoint tells its tokens
+        run_train(out, "--data", data, "--steps", 1, *told)
     for folder in (a, b, c):
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
         run_convert(folder, "--steps", 1, "--taus", 1)
@@ -1885,6 +1886,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--data", tmp_path / "nothing"], "nothing is not UTF-8 text"),
         (train.main, [*into, "--data", tmp_path / "nowhere"], "nowhere: no such file or folder"),
         (train.main, [*into, "--data", bins], "does not tell its tokens: add --tokenizer"),
+        (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "do not agree how tokens are spelled"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
@@ -1916,7 +1918,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     assert not list(out.glob("*.pt")) and {p: p.read_bytes() for p in before} == before
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_at_the_start(trained, tmp_path, monkeypatch):
+def test_wrong_sizes_and_a_folder_that_cannot_be_written_are_noticed_at_the_start(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "encode_text", lambda *_: pytest.fail("it began"))
     monkeypatch.setattr(convert, "evaluate", lambda *_: pytest.fail("it began"))
     (tmp_path / "file").touch()
@@ -1925,6 +1927,8 @@ def test_a_folder_that_cannot_be_written_is_noticed_at_the_start(trained, tmp_pa
         for out, reason in ("file", "File exists"), ("file/deeper", "Not a directory"), ("link", "File exists"):
             line = refused(*command, "--out", tmp_path / out)
             assert f"cannot write into {tmp_path / out} ({reason}): choose another --out" in line
+    line = refused(train.main, *TINY, "--data", trained / "text.txt", "--n_head", 3, "--out", tmp_path / "new")
+    assert "n_embd 16 must be a multiple of n_head 3" in line
 
 
 def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(trained, tmp_path):

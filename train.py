@@ -434,8 +434,9 @@ def open_run(
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
     base = build_model(checkpoint, source) if checkpoint else None
-    folder, tokenizer = prepare_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, new)
-    model = initial_model(args, base, tokenizer)
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
+    model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
+    folder = folder or encode_text(data, tokenizer, new)
     tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
     text, trained_on = fingerprint(*tokens), checkpoint.get("text")
     if resuming and args.data is None and trained_on != text:
@@ -592,10 +593,12 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_text(data: str, tokenizer: tiktoken.Encoding, out: Path) -> None:
-    """Writes out/train.bin and out/val.bin (uint16), <|endoftext|> after each file. Every tenth file is held out, of
-    fewer than ten files the last tenth of the tokens. Raises ValueError or OSError."""
-    files, texts, clock = text_files(data), 0, time.perf_counter()
+def encode_text(data: str, name: str, out: Path) -> Path:
+    """Writes out/train.bin and out/val.bin (uint16) with the tokenizer of that name, <|endoftext|> after each file.
+    Every tenth file is held out, of fewer than ten the last tenth of the tokens. -> out. Raises ValueError, OSError."""
+    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
+        return out
+    files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
     end = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     with atomic_write(out / "train.bin") as train, atomic_write(out / "val.bin") as val:
         for i, file in enumerate(files):
@@ -622,6 +625,7 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, out: Path) -> None:
             train.truncate(2 * (length - length // 10))
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
+    return out
 
 
 def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
@@ -659,16 +663,18 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
     return {"train_tokens": len(train), "val_tokens": len(val), "val_crc32": zlib.crc32(val[: 1 << 24].tobytes())}
 
 
-def prepare_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None, new: Path
-) -> tuple[Path, str | None]:
-    """The folder with the tokens of `data`, and their tokenizer's name if anything tells it: --tokenizer (asked), the
-    checkpoint of `model` (stated) or nanoGPT's meta.pkl, which must agree. Rank 0 encodes text into `new`.
-    Raises ValueError or OSError."""
+def find_tokens(
+    data: str, asked: str | None, stated: str | None, model: GPT | None
+) -> tuple[Path | None, str | None]:
+    """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name if
+    anything tells it: --tokenizer (asked), the checkpoint of `model` (stated), or that or nanoGPT's meta.pkl beside the
+    tokens, which must agree. Raises ValueError or OSError."""
     folder = as_path(data)
+    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
+    if encoded and stated is None and (folder / "ckpt.pt").is_file():  # another run's tokens
+        stated = load_checkpoint(folder, ("ckpt.pt",)).get("tokenizer")
     if not isinstance(stated, str | None):
         raise ValueError(f"the checkpoint's tokenizer must be a name, not {stated!r}")
-    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
     names = {name for name in (asked, stated, own_tokenizer(folder) if encoded else None) if name}
     if len(names) > 1:
         spelled = " and ".join(sorted(repr(name[:20]) for name in names))
@@ -682,9 +688,7 @@ def prepare_tokens(
     if model is not None and vocabulary(tokenizer) > model.config.vocab_size:
         V = model.config.vocab_size
         raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        encode_text(data, load_tokenizer(tokenizer), new)
-    return new, tokenizer
+    return None, tokenizer
 
 
 def adopt_tokens(folder: Path, out: Path) -> Path:
