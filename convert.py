@@ -9,7 +9,7 @@
 It reads out/ckpt.pt and, beside it, the tokens out/train.bin and out/val.bin (or those of --data). It writes d2dmoe.pt,
 cost_vs_loss.csv and, where matplotlib is installed, cost_vs_loss.png.
 
-The stages, in the order of this file (and of convert(), but that 3 comes first where it is asked for):
+The stages, in the order of this file (convert() runs 3 where it is asked for, then 1 and 2; main runs 4 and 5):
 1. Split every MLP into experts: balanced k-means groups similar neurons. Nothing is lost.
 2. Train a router for each, to predict the norms of its experts' outputs. All else is frozen.
 3. With --attention: train two-layer MLPs to imitate the attention projections; then 1 and 2 treat them like the rest.
@@ -72,7 +72,7 @@ def balanced_kmeans(points: Tensor, k: int, seed: int, iterations: int = 30) -> 
         candidate = assign_balanced(score, prices, epsilon)  # [n]
         centers = torch.zeros_like(centers).index_add_(0, candidate, points) / h
         previous, squares = squares, (points - centers[candidate]).square().sum().item()
-        if squares < previous:
+        if squares < previous:  # the auction is not exact, so an iteration can make it worse
             assignment = candidate
         if squares > previous * (1 - 1e-4):
             break
@@ -83,8 +83,9 @@ def spread_centers(points: Tensor, k: int, generator: torch.Generator, tries: in
     """k of the points [n, f] as first centers [k, f], far from each other (greedy k-means++: of some candidates, drawn
     with probability proportional to the squared distance from the centers so far, the one that lowers the sum most)."""
     squared = points.square().sum(1)  # [n]
-    chosen = [torch.randint(len(points), (1,), generator=generator).item()]
-    distance = (squared + squared[chosen] - 2 * points @ points[chosen[0]]).clamp(min=0)  # [n], to the nearest center
+    first = torch.randint(len(points), (1,), generator=generator).item()
+    chosen = [first]
+    distance = (squared + squared[first] - 2 * points @ points[first]).clamp(min=0)  # [n], squared, to the nearest one
     for _ in range(k - 1):
         candidates = torch.multinomial(distance + 1e-12, min(tries, len(points)), generator=generator)  # [tries]
         to_each = (squared + squared[candidates, None] - 2 * points[candidates] @ points.t()).clamp(min=0)  # [tries, n]
@@ -103,7 +104,8 @@ def assign_balanced(score: Tensor, prices: Tensor, epsilon: float) -> Tensor:
     price becomes the lowest bid that it keeps. score [n, k], prices [k] (updated in place: a good start for the next
     call) -> assignment [n] int64.
     """
-    (n, k), h = score.shape, score.shape[0] // score.shape[1]
+    n, k = score.shape
+    h = n // k
     if k == 1:
         return torch.zeros(n, dtype=torch.long)
     cluster, bid = torch.full((n,), -1), torch.zeros(n)  # [n] each; -1: unassigned
@@ -129,8 +131,9 @@ def weight_features(mlp: MLP) -> Tensor:
 
 def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
     """Neurons by when they fire: for each of the tokens x [N, d] 1 if the neuron fires, else 0, at unit length, so that
-    a dot product is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. How strongly
-    they fire is left out: grouped with it, a model needed more experts at the same loss. -> [d_ff, rank]"""
+    a dot product is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. (MoEfication
+    has such a split too, of the graph of coactivations.) How strongly they fire is left out: clusters that used it
+    needed more experts for the same loss. -> [d_ff, rank]"""
     fires = (mlp.c_fc(x) > 0).float().cpu()  # [N, d_ff]; a ReLU or a GELU is positive where its argument is
     with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: seeded, leaving the global state
         torch.default_generator.manual_seed(0)
@@ -188,9 +191,8 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
     steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
-    for step in range(steps):
+    for step, [(x, y)] in enumerate(batches):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
-        [(x, y)] = batches[step]
         loss = loss_of(x, y, step)
         loss.backward()
         mean_loss = loss.detach().clone()
@@ -199,7 +201,7 @@ def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batch
                 dist.all_reduce(t)
                 t /= dist.get_world_size()
         if not math.isfinite(mean_loss.item()):
-            raise ValueError(f"{label}: the loss is not finite at step {step}: try a lower --lr, or --finetune_lr")
+            raise ValueError(f"{label}: the loss is not finite at step {step + 1}: try a lower --lr, or --finetune_lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now = time.perf_counter()
@@ -219,7 +221,8 @@ def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
 
 def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
     """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's ReLU activations,
-    divided by the largest such sum of the whole batch (as in both published codes), for tokens x [N, d]; a scalar."""
+    divided by the largest such sum of the whole batch (as in MoEfication's and the authors' code), for tokens x [N, d];
+    a scalar."""
     with torch.no_grad():
         mass = layer.activations(x).clamp(min=0).sum(-1)  # [N, E, h] -> [N, E]
         largest = mass.max()
@@ -350,7 +353,7 @@ EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations s
 
 def top_share(norms: Tensor, share: float) -> Tensor:
     """top_k with k = share * E in every layer, rounded up: never fewer experts than the rule it is compared with."""
-    return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))
+    return top_k(norms, math.ceil(share * norms.shape[-1] - 1e-6))  # 2 of 8 may arrive as a hair above 0.25
 
 
 def with_oracles(moe: GPT) -> GPT:
@@ -397,9 +400,9 @@ def cost_table(
         loss, counts = evaluate(model, tokens, windows, EVAL_BATCH, gate)
         means = [c.float().mean().item() for c in counts]  # per layer
         executed = sum(means) / sum(all_experts)  # of all experts: each counts once, whatever its size
-        flops = relative_flops(config, means if gate else None)
-        seconds = relative_time(model, dense, tokens, gate) if timed else math.nan
-        points.append(dict(rule=rule, value=value, executed=executed, flops=flops, time=seconds, loss=loss))
+        flops = math.nan if rule == "oracle" else relative_flops(config, means if gate else None)
+        ratio = relative_time(model, dense, tokens, gate) if timed else math.nan
+        points.append(dict(rule=rule, value=value, executed=executed, flops=flops, time=ratio, loss=loss))
         return points[-1]
 
     say(f"\ndense loss {dense_loss:.4f} nats per token over {windows} windows; FLOPs and time: over the dense model's")
@@ -448,11 +451,14 @@ def print_read_off(points: list[dict], dense_loss: float) -> None:
     say()
     for percent in (1, 2):
         for rule in rules:
-            cost = "outside of this table" + " (--eval measures other --taus)" * ("dynamic_k" in rules)
-            if found := cost_at(points, rule, dense_loss * (1 + percent / 100)):
+            found = cost_at(points, rule, dense_loss * (1 + percent / 100))
+            if found:
                 executed, flops, low, high = found
-                cost = f"{executed:6.1%} of the experts" + f", {flops:6.1%} of the FLOPs" * (rule != "oracle")
-                cost += f"  (between rows of {low:.1%} and {high:.1%})"
+                priced = "" if rule == "oracle" else f", {flops:6.1%} of the FLOPs"
+                cost = f"{executed:6.1%} of the experts{priced}  (between rows of {low:.1%} and {high:.1%})"
+            else:
+                advice = " (--eval measures other --taus)" if "dynamic_k" in rules else ""
+                cost = f"outside of this table{advice}"
             say(f"at {percent}% above the dense loss, {rule:9}: {cost}")
 
 
@@ -477,7 +483,8 @@ def read_table(folder: Path) -> list[dict]:
         rows = list(csv.DictReader(f))
     try:
         points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
-        points = [p for p in points if math.isfinite(p["loss"] / p["dense_loss"]) and math.isfinite(p["flops"])]
+        priced = [p for p in points if p["rule"] == "oracle" or math.isfinite(p["flops"])]
+        points = [p for p in priced if math.isfinite(p["loss"] / p["dense_loss"])]
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         points = []
     if not points:
@@ -672,7 +679,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.export:
             if rank == 0:
                 export_gpt2(dense, args.export)
-            return say(f"wrote {args.export}/config.json and pytorch_model.bin")
+            say(f"wrote {args.export}/config.json and pytorch_model.bin")
+            return
         lock = claim(out) if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
@@ -730,7 +738,8 @@ def open_corpus(
     """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. Raises ValueError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    data, new = args.data or str(home), out / "text" if (out / "train.bin").exists() else out  # not over a run's tokens
+    data = args.data or str(home)
+    new = out / "text" if (out / "train.bin").exists() else out  # text is never encoded over a run's tokens
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
     folder = folder or encode_text(data, tokenizer, new)
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)

@@ -13,9 +13,11 @@ What differs from nanoGPT's model.py:
 - forward takes no targets: it returns (logits, aux), and train.py computes the loss. There is no dropout.
 - MLP returns a second value, the sparsity penalty on its activations, which train.py adds to the loss.
 - DynamicKMoE takes an MLP's place after conversion. Its second value is the mask of executed experts, [B, T, E].
+- aux lists these second values: one tensor for each of layers().
 - The model takes a gate, which turns the routers' predicted norms into that mask: partial(dynamic_k, tau=0.9).
 - The four attention projections may be MLPs or experts too.
-- generate keeps keys and values, so that each token is computed once while the text fits into block_size.
+- generate is a function that yields tokens. It keeps keys and values, so that each token is computed once while the
+  text fits into block_size.
 
 Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, nh = n_head heads of hs = d / nh, d_ff neurons, E experts of
 h = d_ff / E neurons, V vocabulary. n_layer counts blocks, as in nanoGPT; layers() lists what can become experts: of
@@ -107,7 +109,7 @@ class MLP(nn.Module):
         if self.training:
             penalty = sparsity_penalty(z, a, self.activation, self.penalty)
         else:
-            penalty = x.new_full((), math.nan)
+            penalty = x.new_full((), math.nan)  # not 0, so that who uses it notices
         return self.c_proj(a), penalty
 
 
@@ -144,7 +146,7 @@ class Router(nn.Module):
 def dynamic_k(norms: Tensor, tau: float) -> Tensor:
     """Executes expert e iff r_e >= (1 - tau) max_j r_j, for every token by itself. (The paper's tau is our 1 - tau.)
 
-    tau = 1 runs all experts, tau = 0 only the best, and at least one always runs; no retraining is needed to change it.
+    tau = 1 runs all experts, tau = 0 only the best (and what equals it); no retraining is needed to change it.
     Norms 8, 3.9, 0.5, 0.3 at tau = 0.9: the threshold is 0.8, and two experts run. 2, 1.9, 1.8, 1.7: all four run.
 
     norms [..., E] -> executed [..., E] bool. Raises ValueError unless 0 <= tau <= 1.
@@ -198,7 +200,8 @@ class DynamicKMoE(nn.Module):
 
     def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
         super().__init__()
-        self.activation, h = activation, neurons_per_expert(d_ff, num_experts)
+        self.activation = activation
+        h = neurons_per_expert(d_ff, num_experts)
         self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron
         self.b1 = nn.Parameter(torch.zeros(num_experts, h))  # [E, h]
         self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron here too
@@ -229,7 +232,7 @@ class DynamicKMoE(nn.Module):
         a = self.activations(x)  # [N, E, h]
         gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
         squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)  # [N, E]
-        return squared.clamp(min=0).sqrt()
+        return squared.clamp(min=0).sqrt()  # rounding can leave a square just below 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +283,7 @@ class GPTConfig:
             neurons_per_expert(self.d_ff, self.num_experts)
         if self.projections == "moe":
             neurons_per_expert(self.projection_width, self.projection_experts)
-        if self.projections == ("mlp" if self.num_experts else "moe"):
+        if self.projections == "mlp" and self.num_experts or self.projections == "moe" and not self.num_experts:
             raise ValueError("projections are mlp in a dense model only, and moe in a converted one")
         if self.num_experts and self.router_width < 1 or self.projections == "moe" and self.projection_router_width < 1:
             raise ValueError("a router's width must be at least 1")
@@ -310,7 +313,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention. Its four d x d projections are linear, or each is an MLP or a DynamicKMoE."""
+    """Multi-head causal self-attention. Its four d x d projections are linear, or each is an MLP or a DynamicKMoE, then
+    always with ReLU, square Hoyer and biases, whatever the feed-forward layers have (section 3.5)."""
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
@@ -331,7 +335,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, d] -> y [B, T, d], and the second value of each of layers()"""
+        """x [B, T, d] -> y [B, T, d], and aux of layers()"""
         if self.is_linear:
             q, k, v = self.c_attn(x).split(x.shape[-1], dim=-1)  # [B, T, 3d] -> three of [B, T, d]
             return self.c_proj(self.attend(q, k, v, cache)), []
@@ -350,7 +354,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, nh, length + T, hs]
             if cache.length > 0 and T > 1:  # new token i sees the cached ones and the new ones up to itself
-                mask = k.new_ones(T, k.shape[2], dtype=torch.bool).tril(cache.length)  # [T, length + T]
+                mask = k.new_ones(T, k.shape[2], dtype=torch.bool).tril(diagonal=cache.length)  # [T, length + T]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None or cache.length == 0)
         return y.transpose(1, 2).reshape(B, T, d)  # [B, T, nh, hs] -> [B, T, d]
 
@@ -374,7 +378,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, d] -> x [B, T, d], and the second value of each of attn.layers() and of mlp"""
+        """x [B, T, d] -> x [B, T, d], and aux of attn.layers() and of mlp"""
         y, aux = self.attn(self.ln_1(x), gate, cache, inputs)
         x = x + y
         normed = self.ln_2(x)
@@ -401,10 +405,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if "router" in name:
-                continue  # keeps PyTorch's own start, which suits a regression on its own
+                continue  # keeps PyTorch's own start: a router does not write to the residual stream
             if name.endswith(("weight", "w1", "w2")) and p.dim() > 1:
-                # As in GPT-2: the layers that write to the residual stream start smaller by sqrt(2 n_layer). (So do the
-                # second layers of projection MLPs.)
+                # As in GPT-2: the layers that write to the residual stream start smaller by a factor of
+                # sqrt(2 n_layer). (So do the second layers of projection MLPs.)
                 residual = name.endswith(("c_proj.weight", "w2"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
@@ -417,8 +421,8 @@ class GPT(nn.Module):
     def hidden(
         self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """idx [B, T] -> the states before the LM head [B, T, d], and for each of layers() what it returned beside its
-        output: an MLP its penalty (scalar), a DynamicKMoE its executed experts [B, T, E] bool.
+        """idx [B, T] -> the states before the LM head [B, T, d], and aux, for each of layers() its second value: an
+        MLP's penalty (scalar), a DynamicKMoE's executed experts [B, T, E] bool.
 
         With a cache, idx continues the tokens that it holds. A list given as `inputs` is filled with what each of
         layers() reads, [B, T, d]. Raises ValueError if the tokens do not fit into block_size.
@@ -439,7 +443,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, last_only: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """idx [B, T] -> logits [B, T, V] ([B, 1, V] with last_only), and what hidden returns beside the states"""
+        """idx [B, T] -> logits [B, T, V] ([B, 1, V] with last_only), and aux"""
         x, aux = self.hidden(idx, gate, cache)
         return self.lm_head(x[:, -1:] if last_only else x), aux
 
@@ -454,7 +458,7 @@ def generate(
 
     temperature 0 takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size tokens the cache
     serves. After that the window slides, all positions change, and the whole window is recomputed for each token.
-    Raises ValueError for an empty prompt, a negative temperature or top_k_tokens below 1.
+    Raises ValueError, when the first token is asked for, on an empty prompt, a negative temperature, top_k_tokens < 1.
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token")
@@ -479,7 +483,7 @@ def generate(
                 logits = logits.masked_fill(logits < kth, -math.inf)
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # [B, 1]
         idx = torch.cat((idx, new), dim=1)[:, -config.block_size :]  # [B, T]
-        yield new, [executed[:, -1:] for executed in aux] if config.num_experts else []
+        yield new, ([executed[:, -1:] for executed in aux] if config.num_experts else [])
 
 
 def flops_per_token(config: GPTConfig, context: float, counts: list[float] | None = None) -> float:
@@ -520,7 +524,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if isinstance(error, OSError) and error.errno is None:  # another file's, which has said so
+        if isinstance(error, OSError) and error.errno is None:  # raised for another file, with its own message
             raise
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
@@ -546,8 +550,9 @@ def read_weights(path: Path) -> dict:
             return load_file(path)
         if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
             with zipfile.ZipFile(path) as archive:
+                # A file that is marked as a folder (0x10) torch.load would not read, and leave its tensor unset.
                 folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-                if damaged := archive.testzip() or "".join(folders):  # of those torch.load would leave tensors unset
+                if damaged := archive.testzip() or "".join(folders):
                     raise ValueError(f"its {damaged} is damaged")
         with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
             warnings.simplefilter("ignore")
@@ -581,9 +586,9 @@ def bare(weights: dict, source: str | Path) -> dict[str, Tensor]:
 
 
 def is_tied(weights: dict[str, Tensor]) -> bool:
-    """Whether the LM head is the token embedding; `weights` gets a head where it has none. Raises KeyError."""
+    """Whether the LM head is the token embedding, as it is where there is no head. Raises KeyError."""
     wte = weights["transformer.wte.weight"]
-    return torch.equal(weights.setdefault("lm_head.weight", wte), wte)
+    return torch.equal(weights.get("lm_head.weight", wte), wte)
 
 
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
@@ -617,6 +622,7 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
         if hf.get("model_type") != "gpt2":
             raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
         check_fields(hf, {"n_layer", "n_head", "n_embd"}, hf.keys(), f"{source}/config.json")
+        # None, False and {} all mean that a field is not set; what is no string may be unhashable, hence the list.
         wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
         if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):
             wrong["activation_function"] = activation
@@ -642,6 +648,7 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     for k, w in sd.items():
         conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
         weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     tied, should_be = is_tied(weights), hf.get("tie_word_embeddings", True)
     if should_be and not tied:
         raise ValueError(f"{source}: lm_head.weight differs from wte.weight, and config.json does not untie them")
@@ -670,6 +677,7 @@ def recognise(raw: dict, source: str | Path) -> dict:
         given = raw["model_args"]
         check_fields(given, sizes, sizes | {"bias", "dropout"}, f"{source}, nanoGPT's, in its model_args")
         weights = bare(raw["model"], source)
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
         config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights, "tie_weights": is_tied(weights)}
         config |= {k: v for k, v in given.items() if k in fields}
         tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
@@ -763,5 +771,6 @@ def build_model(checkpoint: dict, source: str | Path) -> GPT:
 
 def load_model(source: str | Path) -> GPT:
     """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised:
-    load_checkpoint. A folder's d2dmoe.pt comes before its ckpt.pt."""
+    load_checkpoint. A folder's d2dmoe.pt comes before its ckpt.pt. Call the model under torch.no_grad(): with gradients
+    all experts are computed, and those not executed are masked."""
     return build_model(load_checkpoint(source), source)

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(checkpoint, args.ckpt).to(device)
     config, name = model.config, checkpoint.get("tokenizer")
     if not isinstance(name, str) or vocabulary(name) > config.vocab_size:
-        raise ValueError(f"{args.ckpt} does not tell what its tokens spell: convert it with --tokenizer")
+        raise ValueError(f"{args.ckpt} names no tokenizer: convert it with --tokenizer")
     tokenizer = load_tokenizer(name)
     gate = None if args.tau == 1 else partial(dynamic_k, tau=args.tau)  # at tau = 1 no router is asked
     experts = [len(layer.w1) for layer in model.layers()] if config.num_experts else []

@@ -1284,7 +1284,7 @@ def test_resuming_takes_the_runs_options_and_refuses_what_the_checkpoint_decides
     ):  # fmt: skip
         line = refused(train.main, *resume, f"--{option}", value)
         assert f"--{option} cannot differ from the checkpoint, whose {option} is {has}" in line
-    assert "tokens are spelled" in refused(train.main, *resume, "--tokenizer", "gpt2")
+    assert "name different tokenizers" in refused(train.main, *resume, "--tokenizer", "gpt2")
     assert "leave --preset out" in refused(train.main, *resume, "--preset", "gpt2")
     same = ["--n_embd", 16, "--penalty", "l1", "--no_bias", "--tokenizer", "bytes"]
     run(train.main, *resume, *same)  # saying the same is no difference
@@ -1557,7 +1557,8 @@ def test_the_table_is_the_model_measured_by_hand(trained):
         assert row["loss"] == pytest.approx(loss, abs=1e-3 if rule == "oracle" else 1e-5)
         assert row["executed"] == pytest.approx(executed, abs=2e-3 if rule == "oracle" else 1e-6)
         cost = fixed + row["executed"] * mlps + (routers if gate else 0)  # no router is asked at tau 1
-        assert row["flops"] == pytest.approx(cost / (fixed + mlps))
+        price = math.nan if rule == "oracle" else cost / (fixed + mlps)  # an oracle has to run every expert
+        assert row["flops"] == pytest.approx(price, nan_ok=True)
         assert row["time"] > 0 or rule != "dynamic_k"
     assert rows[0]["executed"] == rows[0]["flops"] == 1 > rows[6]["executed"]
     assert rows[0]["loss"] == pytest.approx(dense_loss, abs=1e-4)
@@ -1643,7 +1644,7 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     rows, others = convert.read_table(tmp_path), convert.read_table(trained)
     assert [row["value"] for row in rows if row["rule"] == "dynamic_k"] == [0.7, 0.9]
     assert {row["recipe"] for row in rows} == {"paper E=8 r=4"}
-    but_time = lambda table: [{k: v for k, v in row.items() if k != "time"} for row in table]
+    but_time = lambda table: [{k: str(v) for k, v in row.items() if k != "time"} for row in table]  # nan is not nan
     assert but_time(rows[3:]) == but_time(others[3:6])  # tau 0.9, as before
     assert list(map(but_time, drawn)) == [but_time(rows), but_time(others)]
     assert (tmp_path / "d2dmoe.pt").read_bytes() == before and not (tmp_path / "d2dmoe-previous.pt").exists()
@@ -1829,12 +1830,12 @@ def test_a_nanogpt_character_model_speaks_its_alphabet_and_without_one_is_not_gu
         assert "alphabet has no" in refused(sample.main, "--ckpt", tmp_path, "--prompt", prompt)
 
     (tmp_path / "meta.pkl").unlink()
-    assert "does not tell what its tokens spell" in refused(sample.main, "--ckpt", tmp_path / "ckpt.pt")
+    assert "names no tokenizer" in refused(sample.main, "--ckpt", tmp_path / "ckpt.pt")
     run_convert(tmp_path, "--steps", 1)
     assert "sample.py" not in capsys.readouterr().out
     for name in (None, "gpt2", "characters:" + letters + "zz", "nonsense", ["bytes"], 3):
         path = speaking(tmp_path / "d2dmoe.pt", 0, len(letters), name)
-        assert re.search("does not tell what its tokens spell|is unknown", refused(sample.main, "--ckpt", path))
+        assert re.search("names no tokenizer|is unknown", refused(sample.main, "--ckpt", path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1873,7 +1874,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         shutil.copy(trained / file, folder)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "nothing").mkdir()
-    d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())  # it does not tell its tokenizer
+    d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())  # it names no tokenizer
     nano, bins = ("--ckpt", tmp_path / "nano.pt"), write_bins(tmp_path / "bins")
     into = (*TINY, "--data", text, "--out", out)
     before = {p: p.read_bytes() for p in trained.iterdir()}
@@ -1881,19 +1882,19 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}: run train.py first"),
         (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
-        (train.main, [*into, "--init", tmp_path / "nano.pt"], "does not tell its tokens: add --tokenizer"),
+        (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
         (train.main, [*into, "--data", tmp_path / "nothing"], "nothing is not UTF-8 text"),
         (train.main, [*into, "--data", tmp_path / "nowhere"], "nowhere: no such file or folder"),
-        (train.main, [*into, "--data", bins], "does not tell its tokens: add --tokenizer"),
-        (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "do not agree how tokens are spelled"),
+        (train.main, [*into, "--data", bins], "does not say which tokenizer made it: add --tokenizer"),
+        (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
         (convert.main, ["--ckpt", trained / "typo.pt"], "typo.pt: run train.py first, or check the path"),
         (sample.main, ["--ckpt", trained / "typo.pt"], f"typo.pt: run convert.py --ckpt {trained} first, or check"),
         (convert.main, ["--ckpt", trained, "--out", out, "--num_experts", 7], "7 experts do not divide 64 neurons"),
-        (convert.main, ["--ckpt", trained, "--tokenizer", "gpt2"], "do not agree how tokens are spelled"),
+        (convert.main, ["--ckpt", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
         (convert.main, nano, "no train.bin and val.bin beside"),
         (convert.main, [*nano, "--out", out, "--data", text, "--tokenizer", "gpt2"], "is too small for the tokenizer"),
         (convert.main, ["--recipe", "moefication", "--router_power", 0.5], "the baseline, has no --router_power"),
@@ -2060,7 +2061,7 @@ def test_a_stop_or_a_loss_that_is_not_finite_spares_the_checkpoint(trained, tmp_
     assert (tmp_path / "ckpt.pt").read_bytes() == before and saved(new)["step"] == 5
 
     resume = (train.main, "--init", "resume", "--out", tmp_path, "--warmup", 0, "--steps", 40)
-    for every, step in ((100, 31), (1, 30)):  # the second: at the evaluation after the step that broke the weights
+    for every, step in ((100, 32), (1, 31)):  # the second: at the evaluation after the step that broke the weights
         line = refused(*resume, "--lr", 1e30, "--eval_every", every)
         assert re.search(rf"step {step}: .*loss.* not finite.*try a lower --lr", line)
     stop_at(monkeypatch, 1)  # a stop in the step that breaks the weights does not save them

@@ -12,6 +12,10 @@ reads beside the two token files.
 The recipe is training_loss, cross entropy + alpha * the mean of the layers' sparsity penalties, and the loop in main.
 Before it stand the settings and what the loop calls; after it, resuming, reading text, and the plumbing that the three
 scripts share.
+
+What differs from nanoGPT's train.py: batches depend on seed and step alone, so that a resumed run sees what it would
+have seen; a step's sequences are the same for any number of processes; val loss is always over the same windows; every
+evaluation saves; --final_lr is a share of --lr. By default there are ReLUs, and a token is a byte.
 """
 
 import argparse
@@ -66,7 +70,7 @@ PRESETS = {
 }  # fmt: skip
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 MODEL = (*SIZES, "bias", "activation", "penalty")  # None if not given: then the checkpoint's or GPTConfig's default
-NOT_STORED = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # of one call only, or in the config
+NOT_STORED = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # belong to one call or to the config
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -146,7 +150,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " linearly from 0; 0: constant, as in the authors' GPT-2")  # fmt: skip
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=1500, help="optimizer steps")
-    add("--batch_size", type=count, default=16, help="sequences that a process computes at once")
+    add("--batch_size", type=count, default=16, help="sequences that a process computes at once, at most")
     add("--grad_accum", type=count, default=1, help="a step has this many times --batch_size sequences, over all"
         " processes")  # fmt: skip
     add("--lr", type=non_negative, default=2e-3, help="peak learning rate")
@@ -316,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     if args.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or give --no-compile")
-    with rank_zero_first():  # lock keeps --out to this run for as long as the variable lives
+    with rank_zero_first():  # lock must stay referenced: it keeps --out to this run
         model, folder, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
     config = model.config
     facts = dict(tokenizer=tokenizer, text=fingerprint(train_tokens, val_tokens), arguments=as_words(args))
@@ -329,8 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
-    # Whether there is a ckpt.pt to be kept: another run's, or this one's of when it had all its steps.
-    keeps = (args.out / "ckpt.pt").exists() and (args.init != "resume" or f"--steps={first}" in checkpoint["arguments"])
+    # Whether there is a ckpt.pt that must not be lost: another run's, or this one's with all the steps it was to have.
+    finished = args.init == "resume" and f"--steps={first}" in checkpoint["arguments"]
+    keeps = (args.out / "ckpt.pt").exists() and (args.init != "resume" or finished)
     del checkpoint  # frees its weights and moments, which have been copied
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
@@ -344,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
-        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before leaves an earlier one's in place
+        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before it saves leaves an earlier one's
         keeps = False
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
@@ -358,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     with noted_signals() as stop:
         upcoming = batches[first]
         for step in range(first, args.steps):
+            done = step + 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.final_lr)
             alpha = penalty_weight(step, args.steps, args.alpha, args.alpha_ramp)
@@ -372,22 +378,21 @@ def main(argv: list[str] | None = None) -> int:
                 total += weight * cross_entropy.detach()
             upcoming = batches[step + 1] if step + 1 < args.steps else []  # read and queued while a GPU computes
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-            state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])
+            state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])  # [3]
             if world > 1:
                 dist.all_reduce(state)  # one decision for all processes
                 state[:2] /= world
             total, norm, stopping = state.tolist()
-            check_finite(step, total, norm)
+            check_finite(done, total, norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
 
-            done = step + 1
             if rank == 0 and (done % args.eval_every == 0 or done == args.steps):
                 seconds = time.perf_counter() - clock
                 with autocast:
                     val_loss, _ = evaluate(model, val_tokens, args.eval_windows, args.batch_size)
-                check_finite(step, val_loss)
+                check_finite(done, val_loss)
                 zeros, active = activation_sparsity(model, probe)
                 save(done)
                 rate = (done - since) * sequences * config.block_size / seconds
@@ -451,7 +456,7 @@ def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | N
     given = {name: value for name, value in vars(args).items() if name in MODEL and value is not None}
     if base is None:
         if tokenizer is None:
-            raise ValueError(f"--data {args.data} does not tell its tokens: add --tokenizer gpt2 or bytes")
+            raise ValueError(f"--data {args.data} does not say which tokenizer made it: add --tokenizer gpt2 or bytes")
         return GPT(GPTConfig(vocab_size=vocabulary(tokenizer), **given))
     config, resuming = base.config, args.init == "resume"
     if config.num_experts or config.projections != "linear":
@@ -642,7 +647,7 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
     tokens = np.frombuffer(start, dtype=np.uint16)
     if len(tokens) < block_size + 1:
         raise ValueError(f"{path.name}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
-                         " (held out are every tenth file or, of fewer, the last tenth)")
+                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
@@ -667,8 +672,8 @@ def find_tokens(
     data: str, asked: str | None, stated: str | None, model: GPT | None
 ) -> tuple[Path | None, str | None]:
     """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name if
-    anything tells it: --tokenizer (asked), the checkpoint of `model` (stated), or that or nanoGPT's meta.pkl beside the
-    tokens, which must agree. Raises ValueError or OSError."""
+    anything tells it: --tokenizer (asked), the checkpoint of `model` (stated) or else one beside the tokens, and
+    nanoGPT's meta.pkl there. All that tell it must agree. Raises ValueError or OSError."""
     folder = as_path(data)
     encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
     if encoded and stated is None and (folder / "ckpt.pt").is_file():  # another run's tokens
@@ -678,12 +683,12 @@ def find_tokens(
     names = {name for name in (asked, stated, own_tokenizer(folder) if encoded else None) if name}
     if len(names) > 1:
         spelled = " and ".join(sorted(repr(name[:20]) for name in names))
-        raise ValueError(f"--tokenizer, the checkpoint and meta.pkl do not agree how tokens are spelled: {spelled}")
+        raise ValueError(f"--tokenizer, the checkpoint and meta.pkl name different tokenizers: {spelled}")
     tokenizer = names.pop() if names else None
     if encoded:
         return folder, tokenizer
     if tokenizer is None and model is not None:
-        raise ValueError("the checkpoint does not tell its tokens: add --tokenizer, or --data with its .bin files")
+        raise ValueError("the checkpoint names no tokenizer: add --tokenizer, or --data with its .bin files")
     tokenizer = tokenizer or "bytes"
     if model is not None and vocabulary(tokenizer) > model.config.vocab_size:
         V = model.config.vocab_size
