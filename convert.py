@@ -44,9 +44,9 @@ from d2dmoe import (
     dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, encode_text, evaluate, find_tokens,
-    fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, rank_zero_first, run, say,
-    start_processes, take_windows,
+    OTHER_TEXT, Batches, Parser, add_system_options, adopt_tokens, as_path, claim, draw_offsets, encode_text, evaluate,
+    find_tokens, fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, put_aside,
+    rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def cost_table(
         fixed = point("top_k", share, partial(top_share, share=share) if gate else None, timed=False)
         best = point("oracle", tau, gate, timed=False, model=cheat)
         say(
-            f"{tau:6.4g} {share:9.1%} {routed['flops']:7.1%} {routed['time']:6.2f} {change(routed['loss'])} "
+            f"{tau:6g} {share:9.1%} {routed['flops']:7.1%} {routed['time']:6.2f} {change(routed['loss'])} "
             f"{fixed['executed']:9.1%} {change(fixed['loss'])} {best['executed']:9.1%} {change(best['loss'])}"
         )
     return points
@@ -523,6 +523,7 @@ def draw(path: Path, tables: list[list[dict]]) -> bool:
     axes.set_ylim(axes.dataLim.y0 - 0.3, 10)  # y0: the lowest of all points
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    keep_previous(path)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=200)
     return True
@@ -666,11 +667,13 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    rank, _ = start_processes(device)
-    torch.manual_seed(args.seed)
     place = as_path(args.ckpt)
     home = place.parent if place.is_file() else place  # where the checkpoint's tokens lie
     out = args.out or home
+    # Where text is encoded to, never over the tokens of a training run. (All processes decide before one encodes.)
+    new = out / "text" if (out / "train.bin").exists() or (out / "val.bin").exists() else out
+    rank, _ = start_processes(device)
+    torch.manual_seed(args.seed)
     with rank_zero_first():
         checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
         dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
@@ -681,10 +684,14 @@ def main(argv: list[str] | None = None) -> None:
                 export_gpt2(dense, args.export)
             say(f"wrote {args.export}/config.json and pytorch_model.bin")
             return
+        if not args.eval:
+            converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
         lock = claim(out) if rank == 0 else None  # noqa: F841
-        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
+        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, new)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
-    origin = zlib.crc32(dense.transformer.wte.weight.contiguous().numpy())  # tells one dense model from another
+    origin = 0  # a checksum that tells one dense model from another
+    for p in dense.parameters():
+        origin = zlib.crc32(p.contiguous().numpy(), origin)
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
@@ -696,15 +703,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         moe, recipe = read_conversion(out, args.ckpt, origin, text)
         moe.to(device)
+        say(f"{out}/d2dmoe.pt: {recipe}")
     else:
         moe = convert(dense, tokens, args)
         recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin, text=text)
         if rank == 0:
             keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
-            for name in ("cost_vs_loss.csv", "cost_vs_loss.png"):  # of an earlier conversion; this one may be stopped
-                keep_previous(out / name)
-                (out / name).unlink(missing_ok=True)
+            # An earlier conversion's, as this one may be stopped before it has its own.
+            put_aside(out / "cost_vs_loss.csv", out / "cost_vs_loss.png")
         if args.finetune:  # stopped or diverged, it leaves the file without it
             batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
             finetune(moe, batches, args.finetune_lr)
@@ -733,15 +740,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_corpus(
-    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, out: Path
+    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, new: Path
 ) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
-    """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. Raises ValueError."""
+    """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. --data that is text is
+    encoded into the folder `new`. Raises ValueError or OSError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
     data = args.data or str(home)
-    new = out / "text" if (out / "train.bin").exists() else out  # text is never encoded over a run's tokens
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
-    folder = folder or encode_text(data, tokenizer, new)
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense, home)
+    folder = folder or adopt_tokens(encode_text(data, tokenizer, new / ".new"), new)
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):
@@ -753,7 +760,7 @@ def read_conversion(out: Path, ckpt: str, origin: int, text: dict) -> tuple[GPT,
     """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
     `ckpt`, whose checksum is `origin`, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
     """
-    checkpoint = load_checkpoint(out, ("d2dmoe.pt",))
+    checkpoint = load_checkpoint(out / "d2dmoe.pt", ("d2dmoe.pt",))
     moe = build_model(checkpoint, out).requires_grad_(False)
     if not moe.config.num_experts:
         raise ValueError(f"{out}/d2dmoe.pt is a dense model")

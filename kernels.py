@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.sparse.sampled_addmm(every_entry(out), row[0].expand(4, -1), weight.t(), beta=0).values()  # [out]
         return (y if bias is None else y + bias).view(*x.shape[:-1], out)  # [..., out]
     n = out - out % 8
-    w8 = weight[:n].view(8, n // 8, -1).transpose(1, 2)  # [8, in, n/8]
+    w8 = weight[:n].view(8, n // 8, weight.shape[1]).transpose(1, 2)  # [8, in, n/8]
     y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
     y = y.transpose(0, 1).reshape(*x.shape[:-1], n)  # [..., n]
     if n < out:
@@ -95,8 +95,8 @@ def every_entry(out: int) -> Tensor:
     """The pattern with which sampled_addmm multiplies one row on all threads. It shares out rows among threads, so the
     row is given four times, and each copy is asked for a quarter of the entries. Sparse [4, out]."""
     quarters = torch.tensor([out * i // 4 for i in range(5)], device="cpu")
-    entries = torch.arange(out, device="cpu")
-    return torch.sparse_csr_tensor(quarters, entries, torch.zeros(out, device="cpu"), (4, out), check_invariants=False)
+    entries, zeros = torch.arange(out, device="cpu"), torch.zeros(out, device="cpu", dtype=torch.float32)
+    return torch.sparse_csr_tensor(quarters, entries, zeros, (4, out), check_invariants=False)
 
 
 def reading_is_slow(x: Tensor, weight: Tensor) -> bool:

@@ -288,13 +288,21 @@ def test_linear_is_f_linear(monkeypatch):
     monkeypatch.setattr(kernels, "reading_is_slow", lambda *a: taken.append(rule(*a)) or taken[-1])
     rows = [(), (0,), (1,), (1, 1), (2, 3), (40,)]
     cases = [*itertools.product((1, 3, 24, 1024, 1031, 7777), rows), (50257, (1,)), (50257, (2, 3))]
+    cases = [(out, shape, 96) for out, shape in cases] + [(3, (2,), 1 << 17)]
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):  # what the first call keeps serves the others
-        for out, shape in cases:
-            x, w, b = torch.randn(*shape, 96), torch.randn(out, 96), torch.randn(out)
+        for out, shape, width in cases:
+            x, w, b = torch.randn(*shape, width), torch.randn(out, width), torch.randn(out)
             with mode():
-                assert torch.allclose(kernels.linear(x, w, b), F.linear(x, w, b), atol=1e-4)
-                assert torch.allclose(kernels.linear(x, w), F.linear(x, w), atol=1e-4)
+                assert torch.allclose(kernels.linear(x, w, b), F.linear(x, w, b), atol=1e-4 * width / 96)
+                assert torch.allclose(kernels.linear(x, w), F.linear(x, w), atol=1e-4 * width / 96)
     assert set(taken) == ({True, False} if torch.backends.mkl.is_available() else {False})
+    x, w = torch.randn(1, 96), torch.randn(3333, 96)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            assert torch.allclose(kernels.linear(x, w), F.linear(x, w), atol=1e-4)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
     taken.clear()
     x, w, b = torch.randn(3, 128), torch.randn(4096, 128), torch.randn(4096)
@@ -1107,12 +1115,19 @@ def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_
         (folder / name).write_text("x")
     (folder / "missing.txt").symlink_to(tmp_path / "nowhere")
     (folder / "loop").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "20.txt").rename(tmp_path / "elsewhere" / "20.txt")
+    for name in ("linked", "linked again"):  # once
+        (folder / name).symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = encoded(folder, tmp_path / "out")
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
     assert set(tokens[1].tolist()) == {ord("a") + 9, ord("a") + 19, 256}
     assert "7 of 28 files are not UTF-8 text and were left out" in capsys.readouterr().out
+    (folder / "setup.py").touch()
     (folder / "prepare.py").touch()
+    assert folder / "prepare.py" in train.text_files(str(folder))  # any project's
+    (folder / "setup.py").unlink()
     assert "run its prepare.py first" in refused(train.text_files, str(folder))
 
 
@@ -1144,7 +1159,9 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
     for folder in (a, b, c):
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
         run_convert(folder, "--steps", 1, "--taus", 1)
-    assert not any(p.is_symlink() for p in a.iterdir()) and (c / "val.bin").is_symlink()
+        assert not any(p.is_symlink() for p in folder.iterdir())
+    run_train(a, "--data", write_text(tmp_path / "other.txt", seed=5), "--steps", 1)  # what took its tokens keeps them
+    assert all(np.array_equal(tokens_of(folder, "val.bin"), original[1]) for folder in (b, c))
 
 
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
@@ -1346,9 +1363,11 @@ def test_a_step_in_pieces_in_two_processes_compiled_or_in_bfloat16_is_the_same_s
     assert any((w != exact[n]).any() for n, w in saved(tmp_path / "bfloat16")["model"].items())
     run_train(two, "--init", "resume", "--steps", 25)
     assert saved(two)["step"] == 25
-    output_of(torchrun("convert.py", *CONVERT, "--finetune", 5, "--ckpt", one, "--out", two))
-    run_convert(one, "--finetune", 5)
-    assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(two, "d2dmoe.pt")["model"], 1e-4)
+    options, both = ["--finetune", 5, "--data", trained / "text.txt"], tmp_path / "both"
+    output_of(torchrun("convert.py", *CONVERT, *options, "--ckpt", one, "--out", both))
+    run_convert(one, *options)
+    assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(both, "d2dmoe.pt")["model"], 1e-4)
+    assert (both / "train.bin").exists() and (one / "text" / "train.bin").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1658,9 +1677,10 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     assert "is a dense model" in refused(*arguments)
     shutil.copy(trained / "d2dmoe.pt", tmp_path)
     checkpoint = saved(tmp_path)
-    wte = checkpoint["model"]["transformer.wte.weight"] + 1  # trained again since
-    for layout in (wte, wte.t().contiguous().t()):  # any layout can be read
-        checkpoint["model"] |= {"transformer.wte.weight": layout, "lm_head.weight": layout}
+    name = "transformer.h.1.mlp.c_fc.weight"
+    weight = checkpoint["model"][name]
+    for layout in (weight + 1, (weight + 1).t().contiguous().t()):  # trained again since; any layout can be read
+        checkpoint["model"][name] = layout
         torch.save(checkpoint, tmp_path / "ckpt.pt")
         assert "was not converted from the model in" in refused(*arguments)
     (tmp_path / "d2dmoe.pt").unlink()
@@ -1671,7 +1691,8 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, tmp_path, cap
     table, names = convert.read_table(trained), ("better $x_1$ E=8", "moefication E=8", "\u0107 E=4")
     if (trained / "cost_vs_loss.png").exists():  # requirements.txt leaves it out
         convert.draw(tmp_path / "c.png", [table] + [[row | {"recipe": name} for row in table] for name in names])
-        for picture in (tmp_path / "c.png", trained / "cost_vs_loss.png"):
+        convert.draw(tmp_path / "c.png", [table])
+        for picture in (tmp_path / "c.png", tmp_path / "c-previous.png", trained / "cost_vs_loss.png"):
             assert picture.read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run_convert(trained, "--out", tmp_path, "--steps", 1, "--taus", 1)
@@ -1709,6 +1730,13 @@ def test_a_hugging_face_model_converts_on_bins_or_text_of_its_tokens(trained, tm
         run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", out, "--data", *data)
         assert (load_model(out)(idx)[0].double() - expected).abs().max() < 1e-3
     assert np.array_equal(tokens_of(out), tokens_of(trained))  # text is not encoded over the tokens of a run
+    first = tokens_of(out / "text")
+    third = ("--data", write_text(tmp_path / "third.txt", seed=2), "--tokenizer", "bytes")
+    assert "do not divide" in refused(run_convert, ckpt, "--out", out, *third, "--num_experts", 7)
+    assert np.array_equal(tokens_of(out / "text"), first)
+    run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", out, *third)
+    assert np.array_equal(tokens_of(out / "text", "train-previous.bin"), first)
+    assert "no checkpoint at" in refused(convert.main, "--ckpt", ckpt, "--eval", "--data", trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1876,10 +1904,12 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     (tmp_path / "nothing").mkdir()
     d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())  # it names no tokenizer
     nano, bins = ("--ckpt", tmp_path / "nano.pt"), write_bins(tmp_path / "bins")
+    words = write_bins(tmp_path / "words")  # of a run with other tokens
+    d2dmoe.save_checkpoint(words / "d2dmoe.pt", tiny_dense(), tokenizer="gpt2")
     into = (*TINY, "--data", text, "--out", out)
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
-        (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}: run train.py first"),
+        (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: run train.py first"),
         (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
@@ -1888,6 +1918,8 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--data", tmp_path / "nowhere"], "nowhere: no such file or folder"),
         (train.main, [*into, "--data", bins], "does not say which tokenizer made it: add --tokenizer"),
         (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
+        (train.main, [*into, "--init", trained, "--data", words], "name different tokenizers"),
+        (convert.main, ["--ckpt", trained, "--out", out, "--data", words], "name different tokenizers"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
@@ -1996,8 +2028,13 @@ def test_an_earlier_model_keeps_another_name(trained, tmp_path, capsys, monkeypa
     if not hard_links:
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError("not supported")))
     first, data = copy_run(trained, tmp_path), ["--data", trained / "text.txt"]
+    of_first = [shutil.copy(trained / name, tmp_path) for name in ("d2dmoe.pt", "cost_vs_loss.csv")]
     run_train(tmp_path, *data, "--steps", 20, "--seed", 1)  # it saves twice
     assert f"stays as {tmp_path}/ckpt-previous.pt" in capsys.readouterr().out
+    for path in map(Path, of_first):  # not of the new model
+        kept = path.with_stem(f"{path.stem}-previous")
+        assert not path.exists() and kept.read_bytes() == (trained / path.name).read_bytes()
+        kept.unlink()
     second = (tmp_path / "ckpt.pt").read_bytes()
     run_train(tmp_path, *data, "--steps", 10, "--seed", 2)
     third = (tmp_path / "ckpt.pt").read_bytes()

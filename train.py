@@ -169,7 +169,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.init == "resume":
         if settings:
             raise ValueError("--init resume goes on with the run's own settings: leave --preset out")
-        words = load_checkpoint(args.out, ("ckpt.pt",)).get("arguments")
+        words = load_checkpoint(args.out / "ckpt.pt", ("ckpt.pt",)).get("arguments")
         if not isinstance(words, list) or not all(isinstance(w, str) and re.match("--(?!help)", w) for w in words):
             where = f"{args.out}/ckpt.pt"
             raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
@@ -350,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
         folder = adopt_tokens(folder, args.out)  # only now: a run that ends before it saves leaves an earlier one's
+        put_aside(*(args.out / name for name in ("d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png")))
         keeps = False
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
@@ -429,7 +430,7 @@ def open_run(
     tokenizer's name (None if unknown); the checkpoint ({} if none); and the lock of --out, to be held to the end.
     Raises ValueError or OSError."""
     resuming = args.init == "resume"
-    source = args.out if resuming else args.init
+    source = args.out / "ckpt.pt" if resuming else args.init
     data = args.data or (str(args.out) if resuming else "stdlib")
     out, new = args.out, args.out / ".new"  # text is encoded there, until the first checkpoint is saved
     if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
@@ -439,7 +440,8 @@ def open_run(
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
     base = build_model(checkpoint, source) if checkpoint else None
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
+    home = out if resuming else as_path(args.init)
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, home)
     model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
     folder = folder or encode_text(data, tokenizer, new)
     tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
@@ -566,13 +568,15 @@ def text_files(data: str) -> list[Path]:
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     if not root.exists():
         raise FileNotFoundError(f"--data {data}: no such file or folder")
-    if (root / "prepare.py").exists():
+    if [path.name for path in root.glob("*.py")] == ["prepare.py"]:  # a data folder of nanoGPT's
         raise ValueError(f"--data {data}: no train.bin there yet: run its prepare.py first")
-    files = [] if root.is_dir() else [root]
-    for folder, subfolders, names in os.walk(root):
-        if {"ckpt.pt", "d2dmoe.pt"} & set(names):  # a run's own folder, not text
+    files, seen = [] if root.is_dir() else [root], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        # Not a run's own folder; and none a second time, as links can lead back.
+        if {"ckpt.pt", "d2dmoe.pt"} & set(names) or os.path.realpath(folder) in seen:
             subfolders[:], names = [], []
-        subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = sorted(s for s in subfolders if s not in skip and not s.startswith("."))
         names = [n for n in names if not n.startswith(".") and (n.endswith(".py") or data != "stdlib")]
         files += [path for path in (Path(folder, n) for n in names) if path.is_file()]  # no pipes, no dangling links
     return sorted(files)
@@ -669,21 +673,25 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
 
 
 def find_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None
+    data: str, asked: str | None, stated: str | None, model: GPT | None, home: Path
 ) -> tuple[Path | None, str | None]:
     """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name if
-    anything tells it: --tokenizer (asked), the checkpoint of `model` (stated) or else one beside the tokens, and
-    nanoGPT's meta.pkl there. All that tell it must agree. Raises ValueError or OSError."""
-    folder = as_path(data)
+    anything tells it: --tokenizer (asked), the checkpoint of `model` in `home` (stated), and what lies beside the
+    tokens, another checkpoint or nanoGPT's meta.pkl. All that tell it must agree. Raises ValueError or OSError."""
+    folder, told = as_path(data), [asked, stated]
     encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
-    if encoded and stated is None and (folder / "ckpt.pt").is_file():  # another run's tokens
-        stated = load_checkpoint(folder, ("ckpt.pt",)).get("tokenizer")
-    if not isinstance(stated, str | None):
-        raise ValueError(f"the checkpoint's tokenizer must be a name, not {stated!r}")
-    names = {name for name in (asked, stated, own_tokenizer(folder) if encoded else None) if name}
+    if encoded:
+        told.append(own_tokenizer(folder))
+        runs = [name for name in ("ckpt.pt", "d2dmoe.pt") if (folder / name).is_file()]
+        if runs and folder != home:
+            told.append(load_checkpoint(folder, tuple(runs)).get("tokenizer"))
+    names = [name for name in told if name is not None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"a checkpoint's tokenizer must be a name: {names!r:.100}")
+    names = set(names)
     if len(names) > 1:
         spelled = " and ".join(sorted(repr(name[:20]) for name in names))
-        raise ValueError(f"--tokenizer, the checkpoint and meta.pkl name different tokenizers: {spelled}")
+        raise ValueError(f"--tokenizer, checkpoints and meta.pkl name different tokenizers: {spelled}")
     tokenizer = names.pop() if names else None
     if encoded:
         return folder, tokenizer
@@ -697,23 +705,29 @@ def find_tokens(
 
 
 def adopt_tokens(folder: Path, out: Path) -> Path:
-    """Makes a folder's tokens those of the run in `out`: what was encoded into out/.new moves to out/train.bin and
-    out/val.bin, another folder's are linked to. Other tokens of that name stay as train-previous.bin. -> out.
+    """Makes a folder's tokens those of `out`: what was encoded into a folder .new moves to out/train.bin and
+    out/val.bin, another folder's get these names too. Other tokens of that name stay as train-previous.bin. -> out.
     Raises OSError."""
+    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
+        return out
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("train.bin", "val.bin"):
         path, target = out / name, (folder / name).resolve()
-        if target == path.resolve():
-            continue
-        if path.exists() and not path.is_symlink() and not filecmp.cmp(path, target, shallow=False):
+        if path.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
+            continue  # it has them
+        if not path.is_symlink():
             keep_previous(path)
-        if folder == out / ".new":
+        if folder.name == ".new":
             os.replace(target, path)
-        else:
+            continue
+        path.unlink(missing_ok=True)
+        try:  # a second name of the same file, which stays where another run replaces the first
+            os.link(target, path)
+        except OSError:
             with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                path.unlink(missing_ok=True)
                 path.symlink_to(target)
-    with contextlib.suppress(OSError):
-        (out / ".new").rmdir()
+    if folder.name == ".new":
+        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 
@@ -824,6 +838,13 @@ def keep_previous(path: Path) -> None:
     except OSError:  # a file system without hard links, or a link to another one
         shutil.copyfile(path, kept)
     say(f"the {path.name} that was in {path.parent} stays as {kept}")
+
+
+def put_aside(*paths: Path) -> None:
+    """What no longer belongs to the folder's newest model keeps only another name, as keep_previous gives it."""
+    for path in paths:
+        keep_previous(path)
+        path.unlink(missing_ok=True)
 
 
 def pick_device(name: str) -> torch.device:
