@@ -272,7 +272,14 @@ def projection_loss(mlp: MLP, x: Tensor, target: Tensor, weight: float) -> Tenso
     """How far a projection MLP is from the linear layer it replaces: mean squared error divided by the target's
     variance, plus weight * the sparsity penalty. x, target [..., d] -> scalar"""
     y, penalty = mlp(x)
-    return F.mse_loss(y, target) / target.var() + weight * penalty
+    variance = target.var()
+    if dist.is_initialized():  # that of the whole batch
+        moments = torch.stack((target.mean(), target.square().mean()))
+        dist.all_reduce(moments)
+        mean, square = moments / dist.get_world_size()
+        n = target.numel() * dist.get_world_size()
+        variance = (square - mean**2) * n / (n - 1)
+    return F.mse_loss(y, target) / variance + weight * penalty
 
 
 def divergence(dense: GPT, hidden: Tensor, idx: Tensor) -> Tensor:

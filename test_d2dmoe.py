@@ -1452,7 +1452,7 @@ def test_router_losses_by_plain_formula():
 
 
 @torch.no_grad()
-def test_projections_learn_from_what_the_linear_layers_read_and_return():
+def test_projections_learn_from_what_the_linear_layers_read_and_return(monkeypatch):
     dense, seen = tiny_dense(bias=False), []
     see = lambda layer, x, y: seen.extend((x[0], part) for part in y.split(16, dim=-1))
     for block in dense.transformer.h:
@@ -1466,6 +1466,12 @@ def test_projections_learn_from_what_the_linear_layers_read_and_return():
     a = torch.relu(x @ mlp.c_fc.weight.t() + mlp.c_fc.bias)
     expected = ((mlp.c_proj(a) - target) ** 2).mean() / target.var() + 0.3 * plain_hoyer(a)
     assert torch.isclose(convert.projection_loss(mlp, x, target, 0.3), expected, rtol=1e-4)
+    moments = [torch.stack((part.mean(), part.square().mean())) for part in (target[:, :8], target[:, 8:])]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.copy_(sum(moments)))
+    of_two = [convert.projection_loss(mlp, x[:, s], target[:, s], 0.3) for s in (slice(8), slice(8, 16))]
+    assert torch.isclose(sum(of_two) / 2, expected, rtol=1e-4)
 
 
 def training_batches(trained, config, steps, seed=0):
@@ -2279,13 +2285,14 @@ def test_the_readmes_python_runs_in_a_notebook(trained, capsys):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     for i, snippet in enumerate(snippets):
-        if i != 3:  # the last one goes on from the one before
+        if i < 3:  # the last two go on from the one before
             names = {}
         exec(snippet.replace('"out"', repr(str(trained))), names)
     out = capsys.readouterr().out
     share, error = re.search(r"(\d+)% of the experts, relative error ([\d.]+)", out).groups()
-    assert len(snippets) == 4 and "torch.Size([1, 9, 257])" in out and int(share) < 30 and float(error) < 0.1
+    assert len(snippets) == 5 and "torch.Size([1, 9, 257])" in out and int(share) < 30 and float(error) < 0.1
     assert -1 <= float(re.search(r"correlation (\S+)", out)[1]) <= 1
+    assert re.search(r"run: \d+% of the experts below 1% of the largest norm, \d+% of the others", out)
     assert out.count("of the experts\n") == 3 and re.search(r"^0 [\d.]+\n1 [\d.]+$", out, re.MULTILINE)
     norms = torch.tensor([[5.0, 1.0, 3.0, 1.0], [1.0, 1.0, 1.0, 97.0]])
     assert names["top_mass"](norms, 0.8).tolist() == [[True, False, True, False], [False, False, False, True]]
