@@ -685,14 +685,13 @@ def find_tokens(
         runs = [name for name in ("ckpt.pt", "d2dmoe.pt") if (folder / name).is_file()]
         if runs and folder != home:
             told.append(load_checkpoint(folder, tuple(runs)).get("tokenizer"))
-    names = [name for name in told if name is not None]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"a checkpoint's tokenizer must be a name: {names!r:.100}")
-    names = set(names)
-    if len(names) > 1:
-        spelled = " and ".join(sorted(repr(name[:20]) for name in names))
-        raise ValueError(f"--tokenizer, checkpoints and meta.pkl name different tokenizers: {spelled}")
-    tokenizer = names.pop() if names else None
+    told = [name for name in told if name is not None]
+    if not all(isinstance(name, str) for name in told):
+        raise ValueError(f"a checkpoint's tokenizer must be a name: {told!r:.100}")
+    if len(set(told)) > 1:
+        names = " and ".join(sorted(repr(name[:20]) for name in set(told)))
+        raise ValueError(f"--tokenizer, checkpoints and meta.pkl name different tokenizers: {names}")
+    tokenizer = told[0] if told else None
     if encoded:
         return folder, tokenizer
     if tokenizer is None and model is not None:
