@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
     home = place.parent if place.is_file() else place  # where the checkpoint's tokens lie
     out = args.out or home
     # Where text is encoded to, never over the tokens of a training run. (All processes decide before one encodes.)
-    new = out / "text" if (out / "train.bin").exists() or (out / "val.bin").exists() else out
+    new = out / "text" if (out / "train.bin").exists() and (out / "val.bin").exists() else out
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
     with rank_zero_first():
@@ -696,9 +696,9 @@ def main(argv: list[str] | None = None) -> None:
         lock = claim(out) if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, new)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
-    origin = 0  # a checksum that tells one dense model from another
+    checksum = 0  # tells one dense model from another
     for p in dense.parameters():
-        origin = zlib.crc32(p.contiguous().numpy(), origin)
+        checksum = zlib.crc32(p.contiguous().numpy(), checksum)
     dense.to(device)
     if rank == 0:
         tables = [read_table(folder) for folder in args.compare]
@@ -708,12 +708,12 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     if args.eval:
-        moe, recipe = read_conversion(out, args.ckpt, origin, text)
+        moe, recipe = read_conversion(out, args.ckpt, checksum, text)
         moe.to(device)
         say(f"{out}/d2dmoe.pt: {recipe}")
     else:
         moe = convert(dense, tokens, args)
-        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, origin=origin, text=text)
+        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, dense_crc32=checksum, text=text)
         if rank == 0:
             keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
@@ -754,8 +754,13 @@ def open_corpus(
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
     data = args.data or str(home)
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense, home)
-    folder = folder or adopt_tokens(encode_text(data, tokenizer, new / ".new"), new)
+    own = as_path(args.ckpt) if args.data else home  # beside another checkpoint's file there may be other tokens
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense, own)
+    if folder is None:
+        encoded = encode_text(data, tokenizer, new / ".new")
+        if not dist.is_initialized() or dist.get_rank() == 0:  # too little text does not take the place
+            open_tokens(encoded, dense.config.block_size, dense.config.vocab_size)
+        folder = adopt_tokens(encoded, new)
     tokens = open_tokens(folder, dense.config.block_size, dense.config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):
@@ -763,15 +768,15 @@ def open_corpus(
     return *tokens, tokenizer, text
 
 
-def read_conversion(out: Path, ckpt: str, origin: int, text: dict) -> tuple[GPT, str]:
+def read_conversion(out: Path, ckpt: str, checksum: int, text: dict) -> tuple[GPT, str]:
     """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
-    `ckpt`, whose checksum is `origin`, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
+    `ckpt`, of that checksum, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
     """
     checkpoint = load_checkpoint(out / "d2dmoe.pt", ("d2dmoe.pt",))
     moe = build_model(checkpoint, out).requires_grad_(False)
     if not moe.config.num_experts:
         raise ValueError(f"{out}/d2dmoe.pt is a dense model")
-    if checkpoint.get("origin") not in (None, origin):
+    if checkpoint.get("dense_crc32") not in (None, checksum):
         raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: give its own as --ckpt")
     if checkpoint.get("text") not in (None, text):
         say(f"warning: {out}/d2dmoe.pt was converted on another text, which --data can name")

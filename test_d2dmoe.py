@@ -1119,6 +1119,7 @@ def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_
     (folder / "20.txt").rename(tmp_path / "elsewhere" / "20.txt")
     for name in ("linked", "linked again"):  # once
         (folder / name).symlink_to(tmp_path / "elsewhere")
+    (folder / "up").symlink_to("..")  # never
     os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = encoded(folder, tmp_path / "out")
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
@@ -1160,6 +1161,12 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
         run_convert(folder, "--steps", 1, "--taus", 1)
         assert not any(p.is_symlink() for p in folder.iterdir())
+    foreign = write_bins(tmp_path / ".new")  # a folder of that name elsewhere; and a checkpoint that tells nothing
+    for name in ("notes.txt", "ckpt.pt"):
+        (foreign / name).write_text("notes")
+    run_train(tmp_path / "d", "--data", foreign, "--tokenizer", "bytes", "--steps", 1)
+    assert {p.name for p in foreign.iterdir()} == {"train.bin", "val.bin", "notes.txt", "ckpt.pt"}
+    assert "damaged" in refused(run_train, tmp_path / "d", "--data", foreign, "--steps", 1)
     run_train(a, "--data", write_text(tmp_path / "other.txt", seed=5), "--steps", 1)  # what took its tokens keeps them
     assert all(np.array_equal(tokens_of(folder, "val.bin"), original[1]) for folder in (b, c))
 
@@ -1739,6 +1746,8 @@ def test_a_hugging_face_model_converts_on_bins_or_text_of_its_tokens(trained, tm
     first = tokens_of(out / "text")
     third = ("--data", write_text(tmp_path / "third.txt", seed=2), "--tokenizer", "bytes")
     assert "do not divide" in refused(run_convert, ckpt, "--out", out, *third, "--num_experts", 7)
+    (tmp_path / "short.txt").write_text("too short")
+    assert "too few" in refused(run_convert, ckpt, "--out", out, *third, "--data", tmp_path / "short.txt")
     assert np.array_equal(tokens_of(out / "text"), first)
     run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", out, *third)
     assert np.array_equal(tokens_of(out / "text", "train-previous.bin"), first)
@@ -1912,6 +1921,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     nano, bins = ("--ckpt", tmp_path / "nano.pt"), write_bins(tmp_path / "bins")
     words = write_bins(tmp_path / "words")  # of a run with other tokens
     d2dmoe.save_checkpoint(words / "d2dmoe.pt", tiny_dense(), tokenizer="gpt2")
+    d2dmoe.save_checkpoint(words / "bytes.pt", tiny_dense(), tokenizer="bytes")
     into = (*TINY, "--data", text, "--out", out)
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
@@ -1926,6 +1936,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
         (train.main, [*into, "--init", trained, "--data", words], "name different tokenizers"),
         (convert.main, ["--ckpt", trained, "--out", out, "--data", words], "name different tokenizers"),
+        (convert.main, ["--ckpt", words / "bytes.pt", "--out", out, "--data", words], "name different tokenizers"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),

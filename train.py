@@ -436,11 +436,11 @@ def open_run(
     if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
         raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     lock = claim(out) if rank == 0 else None
-    if rank == 0:
+    if rank == 0 and as_path(data).resolve() != new.resolve():
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
     base = build_model(checkpoint, source) if checkpoint else None
-    home = out if resuming else as_path(args.init)
+    home = out if resuming else as_path(args.init) if checkpoint else None
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, home)
     model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
     folder = folder or encode_text(data, tokenizer, new)
@@ -570,9 +570,9 @@ def text_files(data: str) -> list[Path]:
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     if [path.name for path in root.glob("*.py")] == ["prepare.py"]:  # a data folder of nanoGPT's
         raise ValueError(f"--data {data}: no train.bin there yet: run its prepare.py first")
-    files, seen = [] if root.is_dir() else [root], set()
+    files, seen = [] if root.is_dir() else [root], set(map(str, root.resolve().parents))
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        # Not a run's own folder; and none a second time, as links can lead back.
+        # Not a run's own folder; and none a second time or from above, as links can lead there.
         if {"ckpt.pt", "d2dmoe.pt"} & set(names) or os.path.realpath(folder) in seen:
             subfolders[:], names = [], []
         seen.add(os.path.realpath(folder))
@@ -673,7 +673,7 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
 
 
 def find_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None, home: Path
+    data: str, asked: str | None, stated: str | None, model: GPT | None, home: Path | None
 ) -> tuple[Path | None, str | None]:
     """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name if
     anything tells it: --tokenizer (asked), the checkpoint of `model` in `home` (stated), and what lies beside the
@@ -684,7 +684,11 @@ def find_tokens(
         told.append(own_tokenizer(folder))
         runs = [name for name in ("ckpt.pt", "d2dmoe.pt") if (folder / name).is_file()]
         if runs and folder != home:
-            told.append(load_checkpoint(folder, tuple(runs)).get("tokenizer"))
+            try:
+                told.append(load_checkpoint(folder, tuple(runs)).get("tokenizer"))
+            except ValueError:  # damaged or foreign: it tells nothing
+                if asked is None and stated is None:
+                    raise
     told = [name for name in told if name is not None]
     if not all(isinstance(name, str) for name in told):
         raise ValueError(f"a checkpoint's tokenizer must be a name: {told!r:.100}")
@@ -704,11 +708,12 @@ def find_tokens(
 
 
 def adopt_tokens(folder: Path, out: Path) -> Path:
-    """Makes a folder's tokens those of `out`: what was encoded into a folder .new moves to out/train.bin and
-    out/val.bin, another folder's get these names too. Other tokens of that name stay as train-previous.bin. -> out.
+    """Makes a folder's tokens those of `out`: what was encoded into out/.new moves to out/train.bin and out/val.bin,
+    another folder's get these names too. Other tokens of that name stay as train-previous.bin. -> out.
     Raises OSError."""
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
         return out
+    encoded = folder == out / ".new"
     out.mkdir(parents=True, exist_ok=True)
     for name in ("train.bin", "val.bin"):
         path, target = out / name, (folder / name).resolve()
@@ -716,7 +721,7 @@ def adopt_tokens(folder: Path, out: Path) -> Path:
             continue  # it has them
         if not path.is_symlink():
             keep_previous(path)
-        if folder.name == ".new":
+        if encoded:
             os.replace(target, path)
             continue
         path.unlink(missing_ok=True)
@@ -725,7 +730,7 @@ def adopt_tokens(folder: Path, out: Path) -> Path:
         except OSError:
             with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
                 path.symlink_to(target)
-    if folder.name == ".new":
+    if encoded:
         shutil.rmtree(folder, ignore_errors=True)
     return out
 
@@ -868,6 +873,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     # Rank 0 may encode a large corpus while the others wait.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    dist.barrier()  # all have come this far before one writes a file (nccl does not wait for the others by itself)
     return dist.get_rank(), dist.get_world_size()
 
 
