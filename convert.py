@@ -754,8 +754,7 @@ def open_corpus(
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
     data = args.data or str(home)
-    own = as_path(args.ckpt) if args.data else home  # beside another checkpoint's file there may be other tokens
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense, own)
+    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense, as_path(args.ckpt))
     if folder is None:
         encoded = encode_text(data, tokenizer, new / ".new")
         if not dist.is_initialized() or dist.get_rank() == 0:  # too little text does not take the place

@@ -436,14 +436,15 @@ def open_run(
     if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
         raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     lock = claim(out) if rank == 0 else None
-    if rank == 0 and as_path(data).resolve() != new.resolve():
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
     base = build_model(checkpoint, source) if checkpoint else None
     home = out if resuming else as_path(args.init) if checkpoint else None
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, home)
     model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
-    folder = folder or encode_text(data, tokenizer, new)
+    if folder is None:
+        if rank == 0:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        folder = encode_text(data, tokenizer, new)
     tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
     text, trained_on = fingerprint(*tokens), checkpoint.get("text")
     if resuming and args.data is None and trained_on != text:
