@@ -456,8 +456,9 @@ def generate(
     """Continues idx [B, T]; yields each new token [B, 1] with the experts that predicting it executed, [B, 1, E] bool
     for each of model.layers() (an empty list if the model is dense).
 
-    temperature 0 takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size tokens the cache
-    serves. After that the window slides, all positions change, and the whole window is recomputed for each token.
+    temperature 0 (below 0.001) takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size
+    tokens the cache serves. After that the window slides, all positions change, and the whole window is recomputed for
+    each token.
     Raises ValueError, when the first token is asked for, on an empty prompt, a negative temperature, top_k_tokens < 1.
     """
     if idx.shape[1] == 0:
@@ -474,7 +475,7 @@ def generate(
             cache.length, new = 0, idx
         logits, aux = model(new, gate, cache, last_only=True)
         logits = logits[:, -1].float()  # [B, V]
-        if temperature == 0:
+        if temperature < 1e-3:  # dividing by less could overflow
             new = logits.argmax(-1, keepdim=True)  # [B, 1]
         else:
             logits = logits / temperature

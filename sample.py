@@ -91,10 +91,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--picture", type=as_path, metavar="FILE", help="draw the first text: tokens x layers, colour = share of"
         " experts")  # fmt: skip
     add_system_options(parser)
-    args = parser.parse_args(argv)
-    if 0 < args.temperature < 1e-3:
-        raise ValueError("--temperature must be 0 or at least 0.001")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
