@@ -586,12 +586,6 @@ def bare(weights: dict, source: str | Path) -> dict[str, Tensor]:
     return {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
 
 
-def is_tied(weights: dict[str, Tensor]) -> bool:
-    """Whether the LM head is the token embedding, as it is where there is no head. Raises KeyError."""
-    wte = weights["transformer.wte.weight"]
-    return torch.equal(weights.get("lm_head.weight", wte), wte)
-
-
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
 
 
@@ -622,7 +616,8 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     if hf is not None:
         if hf.get("model_type") != "gpt2":
             raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
-        check_fields(hf, {"n_layer", "n_head", "n_embd"}, hf.keys(), f"{source}/config.json")
+        sizes = {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}
+        check_fields(hf, sizes, hf.keys(), f"{source}/config.json")
         # None, False and {} all mean that a field is not set; what is no string may be unhashable, hence the list.
         wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
         if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):
@@ -630,56 +625,53 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
         if wrong:
             raise ValueError(f"{source}/config.json sets {wrong}: {NOT_IMPLEMENTED}")
     sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
-    if hf and hf.get("tie_word_embeddings", True) and "lm_head.weight" in sd:
+    tied = hf is None or hf.get("tie_word_embeddings", True)
+    if tied and "lm_head.weight" in sd:
         sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, maybe this one
     if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys() or sd["wte.weight"].dim() != 2:
         raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
-    (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
-    n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})
     if hf is None:
-        if sd["h.0.attn.c_attn.weight"].shape == (3 * d, d):
-            raise ValueError(f"{source} holds nanoGPT's weights without model_args, which alone tell n_head: save both")
+        (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
+        n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})
         if (n_layer, d) not in GPT2_HEADS or (V, positions) != (50257, 1024):
             raise ValueError(
-                f"{source} holds weights of {n_layer} layers of width {d} alone, which tell neither n_head nor the "
-                "activation: give the folder that save_pretrained wrote, with its config.json"
+                f"{source} holds weights alone, which tell neither n_head nor the activation: give the folder that "
+                "save_pretrained wrote, with its config.json, or nanoGPT's checkpoint with its model_args"
             )
-        hf = {"n_head": GPT2_HEADS[n_layer, d]}
+        hf = dict(n_layer=n_layer, n_head=GPT2_HEADS[n_layer, d], n_embd=d, n_positions=positions, vocab_size=V)
     weights = {}
     for k, w in sd.items():
         conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
         weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
-    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
-    tied, should_be = is_tied(weights), hf.get("tie_word_embeddings", True)
-    if should_be and not tied:
-        raise ValueError(f"{source}: lm_head.weight differs from wte.weight, and config.json does not untie them")
-    if not should_be and "lm_head.weight" not in sd:
-        raise ValueError(f"{source}: config.json unties lm_head.weight from wte.weight, but there is none")
+    if tied:  # build_model compares the two
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     config = dict(
-        block_size=hf.get("n_positions") or positions,
-        vocab_size=hf.get("vocab_size") or V,
-        n_layer=hf.get("n_layer", n_layer),
+        block_size=hf["n_positions"],
+        vocab_size=hf["vocab_size"],
+        n_layer=hf["n_layer"],
         n_head=hf["n_head"],
-        n_embd=hf.get("n_embd", d),
+        n_embd=hf["n_embd"],
         d_ff=hf.get("n_inner") or 0,
         activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")],
         layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
         tie_weights=tied,
         penalty="none",
     )
-    return {"model": weights, "config": config, "tokenizer": "gpt2" if V == 50257 else None}
+    return {"model": weights, "config": config, "tokenizer": "gpt2" if hf["vocab_size"] == 50257 else None}
 
 
-def recognise(raw: dict, source: str | Path) -> dict:
-    """What a loaded file is, by its own fields, in our format. Raises ValueError with the reason and the next step."""
+def recognise(raw: dict, hf: dict | None, source: str | Path) -> dict:
+    """What a loaded file, with a config.json `hf` beside it if there is one, is by its own fields, in our format.
+    Raises ValueError with the reason and the next step."""
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
         given = raw["model_args"]
         check_fields(given, sizes, sizes | {"bias", "dropout"}, f"{source}, nanoGPT's, in its model_args")
         weights = bare(raw["model"], source)
-        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
-        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights, "tie_weights": is_tied(weights)}
+        wte = weights["transformer.wte.weight"]
+        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
+        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights, "tie_weights": tied}
         config |= {k: v for k, v in given.items() if k in fields}
         tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
         return {"model": weights, "config": config, "tokenizer": tokenizer}
@@ -689,11 +681,13 @@ def recognise(raw: dict, source: str | Path) -> dict:
         check_fields(raw["config"], own, fields | earlier, f"{source}, in its config,")
         if raw["config"].get("num_experts") and raw["config"].keys() & earlier:
             raise ValueError(f"{source} was converted by an earlier version: run convert.py again")
+        if not isinstance(raw.get("tokenizer"), str | None):
+            raise ValueError(f"{source} names no tokenizer: it has {raw['tokenizer']!r:.100}")
         return raw | {"config": {k: v for k, v in raw["config"].items() if k in fields}}
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(raw.get(key), dict):
-            return recognise(raw[key], source)
-    return from_gpt2(raw, None, source)
+            return recognise(raw[key], hf, source)
+    return from_gpt2(raw, hf, source)
 
 
 GPT2_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -719,30 +713,23 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     """
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        path = next((path / name for name in (*names, *HF_WEIGHTS) if (path / name).exists()), path / names[-1])
+        known = (*names, *HF_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")  # PEFT's, which bare() refuses
+        path = next((path / name for name in known if (path / name).exists()), path / names[-1])
     if not path.is_file():  # nor a pipe, which would be waited for
         if str(source) in GPT2_REPOS:  # a folder of that name, without a model, may be a run's own --out
             return from_gpt2(download(str(source)), None, source)
-        if (path.parent / "adapter_config.json").exists():
-            raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-        advice = f"run {'train.py' if 'ckpt.pt' in names else 'convert.py'} first"
-        is_there = {name for name in ("d2dmoe.pt", "ckpt.pt") if path.with_name(name).is_file()}
-        if "d2dmoe.pt" in names and "ckpt.pt" in is_there:
-            advice = f"run convert.py --ckpt {path.parent} first"
-        elif "d2dmoe.pt" not in names and is_there == {"d2dmoe.pt"}:
-            advice = "there is only a conversion; give the folder of the dense model that it was made from"
-        by_name = ", ".join(GPT2_REPOS)
-        raise FileNotFoundError(f"no checkpoint at {path}: {advice}, or check the path (by name: {by_name})")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: train.py writes ckpt.pt, and convert.py makes d2dmoe.pt of it; run them first, "
+            f"or check the path (by name: {', '.join(GPT2_REPOS)})"
+        )
     files, hf_config = [path], path.with_name("config.json")
     try:
         if path.name.endswith(".index.json"):  # of a model in several files
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
-        if path.name not in HF_WEIGHTS and path.suffix != ".safetensors":
-            return recognise(raw, source)
         hf = json.loads(hf_config.read_text(encoding="utf-8")) if hf_config.exists() else None
-        return from_gpt2(raw, hf, source)
+        return recognise(raw, hf, source)
     except (AttributeError, LookupError, TypeError, RuntimeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
 
@@ -758,15 +745,15 @@ def build_model(checkpoint: dict, source: str | Path) -> GPT:
         with torch.device("meta"):  # no memory before the shapes are known to fit
             model = GPT(config)
         model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
+        if not all(w.isfinite().all() for w in model.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
+        if config.tie_weights:
+            if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+                raise ValueError("its lm_head is tied to wte, but their weights differ")
+            model.lm_head.weight = model.transformer.wte.weight  # assign untied them
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source} does not hold a model that fits its own sizes: {reason}") from None
-    if config.tie_weights and not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-        raise ValueError(f"{source} says that lm_head is tied to wte, but their weights differ")
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight  # assign untied them
-    if not all(w.isfinite().all() for w in model.state_dict().values()):
-        raise ValueError(f"{source} has weights that are not finite")
+        raise ValueError(f"{source} cannot be computed: {reason}") from None
     return model.eval()
 
 

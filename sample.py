@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(args.ckpt)
     model = build_model(checkpoint, args.ckpt).to(device)
     config, name = model.config, checkpoint.get("tokenizer")
-    if not isinstance(name, str) or vocabulary(name) > config.vocab_size:
+    if name is None or vocabulary(name) > config.vocab_size:
         raise ValueError(f"{args.ckpt} names no tokenizer: convert it with --tokenizer")
     tokenizer = load_tokenizer(name)
     gate = None if args.tau == 1 else partial(dynamic_k, tau=args.tau)  # at tau = 1 no router is asked

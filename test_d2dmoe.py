@@ -853,14 +853,14 @@ def test_a_hugging_face_folder_that_would_compute_something_else_is_refused_by_n
         "must be of type": [dict(n_head="8"), dict(layer_norm_epsilon="x")],
         "layer_norm_epsilon must lie between": [dict(layer_norm_epsilon=0)],
         "2 blocks for n_layer 3": [dict(n_layer=3)],
-        "fits its own sizes": [dict(n_inner=64), dict(vocab_size=300), dict(n_embd=64), dict(n_positions=32)],
-        "lm_head.weight differs from wte.weight": [
+        "cannot be computed": [dict(n_inner=64), dict(vocab_size=300), dict(n_embd=64), dict(n_positions=32)],
+        "lm_head is tied to wte, but their weights differ": [
             dict(tie_word_embeddings=True), dict(tie_word_embeddings="absent")],
     }.items():
         for changes in wrong:
             assert message in refused(load_model, hf_folder(folder, weights, **untied | changes))
     headless = hf_folder(tmp_path / "headless", gpt2_weights(), **untied)
-    assert "config.json unties lm_head.weight from wte.weight, but there is none" in refused(load_model, headless)
+    assert re.search("cannot be computed: .*lm_head.weight", refused(load_model, headless))
     for text, message in (("{", "JSONDecodeError"), ("[]", "AttributeError")):
         (folder / "config.json").write_text(text)
         assert re.search(f"{folder} is not a checkpoint .*{message}", refused(load_model, folder))
@@ -914,7 +914,7 @@ def test_nanogpts_checkpoints_are_computed_exactly(tmp_path):
         (dict(n_kv_head=2), "model_args set.* n_kv_head: not implemented"),
         (dict(activation="swiglu"), "activation: not implemented"),
         (dict(window=8, qk_norm=True), "qk_norm, window"),
-        (dict(block_size=99), "fits its own sizes"),
+        (dict(block_size=99), "cannot be computed"),
     ):
         torch.save(nanogpt(weights, **changes), tmp_path / "ckpt.pt")
         assert re.search(message, refused(load_model, tmp_path)), changes
@@ -961,18 +961,20 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path, monkeypatc
             {"model": bare, "config": {"n_layer": 2, "n_head": 4, "n_embd": 32}}],
         "rotary: not implemented": [with_config(rotary=True)],
         "converted by an earlier version: run convert.py again": [with_config(num_experts=8, router_width=4)],
-        "fits its own sizes": [with_config(n_embd=32), with_config(n_head=2.0), ours | {"model": without_ln_f}],
+        "names no tokenizer": [ours | {"tokenizer": ["gpt2"]}],
+        "cannot be computed": [with_config(n_embd=32), with_config(n_head=2.0), ours | {"model": without_ln_f}],
         "2 blocks for n_layer 1000000000": [with_config(n_layer=10**9)],
         "is not a checkpoint": [with_weights(x=[1]), ours | {"model": 5}],
         "tied to wte, but their weights differ": [with_weights(**{"lm_head.weight": torch.ones(257, 16)})],
         "not finite": [with_weights(**{"transformer.wpe.weight": torch.full((16, 16), math.nan)})],
-        "nanoGPT's weights without .*n_head": [
+        "neither n_head nor the activation.*nanoGPT's checkpoint with its model_args": [
             bare, {"state_dict": bare, "epoch": 3}, {"model": bare, "epoch": 3},
             {"model_state_dict": {f"module.{k}": w for k, w in bare.items()}},
         ],
         "tell neither n_head nor the activation: give the folder": [weights],
         "does not hold a GPT-2": [
             {}, weights | {"transformer.wte.weight": torch.ones(9)}, {"model.norm.weight": torch.zeros(4)}],
+        "cannot be computed: ": [ours | {"model": {k: w.to("meta") for k, w in state.items()}}],
         "PEFT adapter: merge it into its model": [{"h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)}],
         "holds a (list|Tensor), not a checkpoint": [[1, 2], torch.zeros(3)],
         "object of d2dmoe.GPT, and loading objects can run code: save the state dict alone": [dense],
@@ -993,10 +995,10 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path, monkeypatc
     nothing = lambda: None
     for make, remove in ((nothing, nothing), (path.mkdir, path.rmdir), (partial(os.mkfifo, path), path.unlink)):
         make()  # a pipe is not waited for
-        assert f"no checkpoint at {path}: run train.py first" in refused(load_model, tmp_path)
+        assert f"no checkpoint at {path}: train.py writes" in refused(load_model, tmp_path)
         remove()
     assert "no checkpoint at" in refused(load_model, tmp_path / "nowhere")
-    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"h.0.attn.c_attn.lora_A.weight": torch.zeros(8, 32)}, tmp_path / "adapter_model.bin")
     assert "PEFT adapter: merge it into its model" in refused(load_model, tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as Python has it for what cannot be imported
     (hf_folder(tmp_path, {}) / "model.safetensors").touch()
@@ -1044,7 +1046,7 @@ def write_bins(folder, vocab=257, letters=""):
 
 
 def encoded(data, out):
-    train.encode_text(str(data), "bytes", out)
+    train.encode_text(str(data), "bytes", out, block_size=1)
     return tokens_of(out), tokens_of(out, "val.bin")
 
 
@@ -1141,30 +1143,36 @@ def test_of_a_single_file_every_byte_is_a_token_and_the_last_tenth_is_held_out(t
         assert (tmp_path / "train.bin").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path, monkeypatch):
+def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path, monkeypatch, capsys):
     a, b, c = write_bins(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
-    original = [tokens_of(a), tokens_of(a, "val.bin")]
-    encoded(write_text(tmp_path / "text.txt"), c)
-    (c / ".lock").touch()  # an earlier run
-    for out, data in ((b, a), (c, b), (a, c), (b, b)):  # links must not end where they begin
-        told = () if (data / "ckpt.pt").exists() else ("--tokenizer", "bytes")  # a run's checkpoint tells its tokens
-        run_train(out, "--data", data, "--steps", 1, *told)
+    original, other = [tokens_of(a), tokens_of(a, "val.bin")], encoded(write_text(tmp_path / "text.txt"), c)
+    assert train.own_tokenizer(c) == "bytes"
+    for out, data in ((b, a), (c, b), (a, c), (b, b), (c, a / ".." / "c")):  # links must not end where they begin
+        run_train(out, "--data", data, "--steps", 1, "--tokenizer", "bytes")
     for folder in (a, b, c):
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
+        run_train(folder, "--init", "resume", "--steps", 2)
         run_convert(folder, "--steps", 1, "--taus", 1)
         assert not any(p.is_symlink() for p in folder.iterdir())
+    assert all(map(np.array_equal, other, [tokens_of(c, "train-previous.bin"), tokens_of(c, "val-previous.bin")]))
     with monkeypatch.context() as m:
         m.setattr(os, "link", Mock(side_effect=OSError("another file system")))
-        run_train(tmp_path / "e", "--data", a, "--steps", 1)
+        run_train(tmp_path / "e", "--data", a, "--steps", 1, "--tokenizer", "bytes")
     assert (tmp_path / "e" / "val.bin").is_symlink() and np.array_equal(tokens_of(tmp_path / "e"), original[0])
-    foreign = write_bins(tmp_path / ".new")  # a folder of that name elsewhere; and a checkpoint that tells nothing
-    for name in ("notes.txt", "ckpt.pt"):
-        (foreign / name).write_text("notes")
-    run_train(tmp_path / "d", "--data", foreign, "--tokenizer", "bytes", "--steps", 1)
-    assert {p.name for p in foreign.iterdir()} == {"train.bin", "val.bin", "notes.txt", "ckpt.pt"}
-    assert "damaged" in refused(run_train, tmp_path / "d", "--data", foreign, "--steps", 1)
     run_train(a, "--data", write_text(tmp_path / "other.txt", seed=5), "--steps", 1)  # what took its tokens keeps them
     assert all(np.array_equal(tokens_of(folder, "val.bin"), original[1]) for folder in (b, c))
+    letters = write_bins(tmp_path / "letters", letters="abc")
+    run_train(tmp_path / "d", "--data", letters, "--steps", 1)
+    d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())
+    run_train(letters, "--data", a, "--steps", 1)  # tokens name their tokenizer, and one of other tokens goes with them
+    assert [train.own_tokenizer(tmp_path / name) for name in ("d", "letters")] == ["characters:abc", "bytes"]
+    assert train.own_tokenizer(tmp_path / "e") == "bytes" and (letters / "meta-previous.pkl").exists()
+    run_train(letters, "--init", tmp_path / "nano.pt", "--data", write_bins(tmp_path / "unnamed"), "--steps", 1)
+    assert train.own_tokenizer(letters) is None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "text_files", lambda data: {"stdlib": [tmp_path / "text.txt"]}[data])
+    for _ in range(2):  # a folder of that name is not the standard library
+        run_train("stdlib", "--steps", 1)
 
 
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
@@ -1370,7 +1378,7 @@ def test_a_step_in_pieces_in_two_processes_compiled_or_in_bfloat16_is_the_same_s
     output_of(torchrun("convert.py", *CONVERT, *options, "--ckpt", one, "--out", both))
     run_convert(one, *options)
     assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(both, "d2dmoe.pt")["model"], 1e-4)
-    assert (both / "train.bin").exists() and (one / "text" / "train.bin").exists()
+    assert (both / "text" / "train.bin").exists() and (one / "text" / "train.bin").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1914,13 +1922,13 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())  # it names no tokenizer
     nano, bins = ("--ckpt", tmp_path / "nano.pt"), write_bins(tmp_path / "bins")
     words = write_bins(tmp_path / "words")  # of a run with other tokens
-    d2dmoe.save_checkpoint(words / "d2dmoe.pt", tiny_dense(), tokenizer="gpt2")
+    (words / "meta.pkl").write_bytes(pickle.dumps({"tokenizer": "gpt2"}))
     d2dmoe.save_checkpoint(words / "bytes.pt", tiny_dense(), tokenizer="bytes")
     into = (*TINY, "--data", text, "--out", out)
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
-        (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: run train.py first"),
-        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
+        (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: train.py writes"),
+        (train.main, ["--init", "resume", "--out", bare], "nor a folder with train.bin"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
@@ -1931,10 +1939,10 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--init", trained, "--data", words], "name different tokenizers"),
         (convert.main, ["--ckpt", words / "bytes.pt", "--out", out, "--data", words], "name different tokenizers"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
-        (convert.main, ["--ckpt", tmp_path / "converted"], "give the folder of the dense model"),
+        (convert.main, ["--ckpt", tmp_path / "converted"], "no checkpoint at"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
-        (convert.main, ["--ckpt", trained / "typo.pt"], "typo.pt: run train.py first, or check the path"),
-        (sample.main, ["--ckpt", trained / "typo.pt"], f"typo.pt: run convert.py --ckpt {trained} first, or check"),
+        (convert.main, ["--ckpt", trained / "typo.pt"], "typo.pt: train.py writes"),
+        (sample.main, ["--ckpt", trained / "typo.pt"], "typo.pt: train.py writes ckpt.pt, and convert.py makes"),
         (convert.main, ["--ckpt", trained, "--out", out, "--num_experts", 7], "7 experts do not divide 64 neurons"),
         (convert.main, ["--ckpt", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
         (convert.main, nano, "no train.bin and val.bin beside"),
@@ -2067,25 +2075,25 @@ def test_a_checkpoint_that_is_a_link_loses_nothing(trained, tmp_path, resume):
     assert saved(tmp_path)["step"] == 40 and (tmp_path / "ckpt-previous.pt").read_bytes() == first
 
 
-def test_an_earlier_runs_tokens_stay_until_the_first_save_and_then_keep_another_name(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_an_earlier_runs_tokens_keep_another_name(trained, tmp_path, monkeypatch, capsys):
     copy_run(trained, tmp_path)
     before, other = tokens_of(tmp_path), ["--data", write_text(tmp_path / "other.txt", seed=5)]
-    for wrong in (["--n_head", 3], ["--init", "resume", "--n_layer", 9], ["--init", "resume", "--steps", 30]):
+    for wrong in (["--n_head", 3], ["--init", "resume", "--n_layer", 9], ["--data", tmp_path / "short.txt"]):
+        (tmp_path / "short.txt").write_text("too short")
         refused(run_train, tmp_path, *other, *wrong)
-    stop_at(monkeypatch, 5)
-    assert run_train(tmp_path, *other, "--steps", 1000, "--eval_every", 1000) == 143
-    assert np.array_equal(tokens_of(tmp_path), before) and not (tmp_path / ".new").exists()
-    shutil.copytree(trained, tmp_path / ".new", ignore=shutil.ignore_patterns("*.pt"))  # killed before it moved them
-    refused(run_train, tmp_path, "--init", "resume", "--steps", 30)
-    run_train(tmp_path, "--init", "resume", "--steps", 40, "--data", tmp_path / ".new")
-    for _ in range(2):  # the second time nothing changes
-        run_train(tmp_path, *other, "--steps", 10)
-        assert len(tokens_of(tmp_path)) != len(before)
-        assert np.array_equal(tokens_of(tmp_path, "train-previous.bin"), before)
+    assert np.array_equal(tokens_of(tmp_path), before)
+    with monkeypatch.context() as m:
+        stop_at(m, 5)
+        assert run_train(tmp_path, *other, "--steps", 1000, "--eval_every", 1000) == 143
+    assert len(tokens_of(tmp_path)) != len(before)
+    assert np.array_equal(tokens_of(tmp_path, "train-previous.bin"), before)
     assert f"the train.bin that was in {tmp_path} stays as {tmp_path}/train-previous.bin" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*-previous-2.bin")) and not (tmp_path / ".new").exists()
+    for main in (partial(run_train, tmp_path, "--init", "resume", "--steps", 40), partial(run_convert, tmp_path)):
+        assert "not what ckpt.pt was trained on: give that text as --data" in refused(main)
+    for _ in range(2):  # the second time nothing changes
+        run_train(tmp_path, "--data", trained / "text.txt", "--steps", 10)
+        assert np.array_equal(tokens_of(tmp_path), before)
+    assert not list(tmp_path.glob("*-previous-3.bin"))
 
 
 def stop_at(monkeypatch, step):
@@ -2208,7 +2216,7 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(trained, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     before = copy_run(trained, tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # more than tokens need
-    options = ["--data", write_text(tmp_path / "other.txt", seed=5), "--out", tmp_path, "--steps", 10]
+    options = ["--data", trained / "text.txt", "--out", tmp_path, "--steps", 10]
     process = start("train.py", *TINY, *options, preexec_fn=limit)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -6,8 +6,8 @@
     python train.py --preset gpt2 --init gpt2 --data openwebtext/       make GPT-2 sparse
     torchrun --nproc_per_node=8 train.py ...            the same global batch, on eight GPUs
 
-Data flow: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py
-reads beside the two token files.
+Data flow: text -> out/train.bin and out/val.bin (tokens, uint16; meta.pkl names their tokenizer) -> batches ->
+out/ckpt.pt, which convert.py reads beside the two token files.
 
 The recipe is training_loss, cross entropy + alpha * the mean of the layers' sparsity penalties, and the loop in main.
 Before it stand the settings and what the loop calls; after it, resuming, reading text, and the plumbing that the three
@@ -129,7 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to run").add_argument
     add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
-    add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own, else bytes)")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="of text (default: the checkpoint's, the .bin files' own, or bytes)")
     add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or"
         f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
     add("--out", type=as_path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
@@ -320,10 +320,26 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     if args.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or give --no-compile")
-    with rank_zero_first():  # lock must stay referenced: it keeps --out to this run
-        model, folder, train_tokens, val_tokens, tokenizer, checkpoint, lock = open_run(args, rank)
-    config = model.config
-    facts = dict(tokenizer=tokenizer, text=fingerprint(train_tokens, val_tokens), arguments=as_words(args))
+    resuming = args.init == "resume"
+    source = args.out / "ckpt.pt" if resuming else args.init
+    data = args.data or (str(args.out) if resuming else "stdlib")
+    with rank_zero_first():
+        lock = claim(args.out) if rank == 0 else None  # noqa: F841  it keeps --out to this run
+        checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
+        base = build_model(checkpoint, source) if checkpoint else None
+        folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
+        model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
+        config = model.config
+        folder = folder or encode_text(data, tokenizer, args.out, config.block_size)
+        train_tokens, val_tokens = open_tokens(folder, config.block_size, config.vocab_size)
+        text = fingerprint(train_tokens, val_tokens)
+        if folder != args.out and rank == 0:
+            link_tokens(folder, tokenizer, args.out)
+        if resuming and args.data is None and checkpoint.get("text") != text:
+            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
+        if checkpoint.get("text") not in (None, text):
+            say("warning: the checkpoint was trained on another text than --data, perhaps on some that is held out now")
+    facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
     batches = Batches(train_tokens, config, args.steps, sequences, args.seed, device, at_once=args.batch_size)
 
@@ -332,26 +348,24 @@ def main(argv: list[str] | None = None) -> int:
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    first = load_moments(optimizer, checkpoint, args) if args.init == "resume" else 0
-    # Whether there is a ckpt.pt that must not be lost: another run's, or this one's with all the steps it was to have.
-    finished = args.init == "resume" and f"--steps={first}" in checkpoint["arguments"]
-    keeps = (args.out / "ckpt.pt").exists() and (args.init != "resume" or finished)
-    del checkpoint  # frees its weights and moments, which have been copied
+    first = load_moments(optimizer, checkpoint, args) if resuming else 0
+    # Whether a ckpt.pt in --out is this run's, to write over. (With other --steps it is another run.)
+    owns = resuming and f"--steps={args.steps}" in checkpoint["arguments"]
+    del checkpoint, base  # frees their weights and moments, which have been copied
     step_model = torch.compile(model) if args.compile else model
     if world > 1:
         step_model = torch.nn.parallel.DistributedDataParallel(step_model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def save(step: int) -> None:
-        nonlocal keeps, folder
+        nonlocal owns
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
-        if keeps:
+        if not owns:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
-        folder = adopt_tokens(folder, args.out)  # only now: a run that ends before it saves leaves an earlier one's
         put_aside(*(args.out / name for name in ("d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png")))
-        keeps = False
+        owns = True
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
@@ -403,8 +417,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{left // 60:3d}m{left % 60:02d}s")  # fmt: skip
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
-                if rank == 0 and keeps and args.init != "resume":
-                    shutil.rmtree(args.out / ".new", ignore_errors=True)
+                if rank == 0 and not owns and not resuming and (args.out / "ckpt.pt").exists():
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
@@ -423,43 +436,10 @@ def check_finite(step: int, *values: float) -> None:
         )
 
 
-def open_run(
-    args: argparse.Namespace, rank: int
-) -> tuple[GPT, Path, np.ndarray, np.ndarray, str | None, dict, BinaryIO | None]:
-    """What a run starts from: the model; the folder of its tokens, those for training and those held out; the
-    tokenizer's name (None if unknown); the checkpoint ({} if none); and the lock of --out, to be held to the end.
-    Raises ValueError or OSError."""
-    resuming = args.init == "resume"
-    source = args.out / "ckpt.pt" if resuming else args.init
-    data = args.data or (str(args.out) if resuming else "stdlib")
-    out, new = args.out, args.out / ".new"  # text is encoded there, until the first checkpoint is saved
-    if as_path(data) == out and not any((out / name).exists() for name in ("train.bin", "val.bin")):
-        raise FileNotFoundError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-    lock = claim(out) if rank == 0 else None
-    checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
-    base = build_model(checkpoint, source) if checkpoint else None
-    home = out if resuming else as_path(args.init) if checkpoint else None
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base, home)
-    model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
-    if folder is None:
-        if rank == 0:
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-        folder = encode_text(data, tokenizer, new)
-    tokens = open_tokens(folder, model.config.block_size, model.config.vocab_size)
-    text, trained_on = fingerprint(*tokens), checkpoint.get("text")
-    if resuming and args.data is None and trained_on != text:
-        raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
-    if checkpoint and trained_on not in (None, text):
-        say("warning: the checkpoint was trained on another text than --data, perhaps on some that is held out now")
-    return model, folder, *tokens, tokenizer, checkpoint, lock
-
-
 def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | None) -> GPT:
     """The model to train: new, or the checkpoint's, perhaps with another activation, penalty or a shorter context."""
     given = {name: value for name, value in vars(args).items() if name in MODEL and value is not None}
     if base is None:
-        if tokenizer is None:
-            raise ValueError(f"--data {args.data} does not say which tokenizer made it: add --tokenizer gpt2 or bytes")
         return GPT(GPTConfig(vocab_size=vocabulary(tokenizer), **given))
     config, resuming = base.config, args.init == "resume"
     if config.num_experts or config.projections != "linear":
@@ -541,7 +521,7 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def own_tokenizer(folder: Path) -> str | None:
-    """The tokenizer of nanoGPT's .bin files, from the meta.pkl beside them if there is one. Raises ValueError."""
+    """The tokenizer of .bin files, from the meta.pkl beside them, ours or nanoGPT's, if any. Raises ValueError."""
 
     class PlainUnpickler(pickle.Unpickler):  # a pickle can run any code, but only through what it names here
         def find_class(self, module, name):
@@ -552,8 +532,10 @@ def own_tokenizer(folder: Path) -> str | None:
         return None
     try:
         with open(path, "rb") as f:
-            itos = PlainUnpickler(f).load()["itos"]
-        letters = [itos[i] for i in range(len(itos))]
+            meta = PlainUnpickler(f).load()
+        if isinstance(meta.get("tokenizer"), str):  # ours
+            return meta["tokenizer"]
+        letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
             raise TypeError
         return "characters:" + "".join(letters)
@@ -603,9 +585,10 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_text(data: str, name: str, out: Path) -> Path:
-    """Writes out/train.bin and out/val.bin (uint16) with the tokenizer of that name, <|endoftext|> after each file.
-    Every tenth file is held out, of fewer than ten the last tenth of the tokens. -> out. Raises ValueError, OSError."""
+def encode_text(data: str, name: str, out: Path, block_size: int) -> Path:
+    """Writes out/train.bin and out/val.bin (uint16) with the tokenizer of that name, <|endoftext|> after each file, and
+    that name to out/meta.pkl. Every tenth file is held out, of fewer than ten the last tenth of the tokens. Other
+    tokens in out stay as train-previous.bin and val-previous.bin. -> out. Raises ValueError, OSError."""
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
         return out
     files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
@@ -627,15 +610,56 @@ def encode_text(data: str, name: str, out: Path) -> Path:
                     say(f"encoding file {i + 1} of {len(files)}, {(train.tell() + val.tell()) // 2:,} tokens so far")
             part.write(np.array(end, dtype=np.uint16).tobytes())
         if texts == 0:
-            raise ValueError(f"--data {data} is not UTF-8 text, nor a folder with a train.bin and a val.bin")
+            raise ValueError(f"{data} is not UTF-8 text, nor a folder with train.bin and val.bin: give one as --data")
         if texts < 10:
             length = train.tell() // 2
             train.seek(2 * (length - length // 10))
             val.write(train.read())
             train.truncate(2 * (length - length // 10))
+        check_length("train.bin", train.seek(0, os.SEEK_END) // 2, block_size)
+        check_length("val.bin", val.seek(0, os.SEEK_END) // 2, block_size)
+        for new, path in (train, out / "train.bin"), (val, out / "val.bin"):
+            if path.exists() and not filecmp.cmp(new.name, path, shallow=False):
+                keep_previous(path)
+    name_tokenizer(name, out)
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
     return out
+
+
+def link_tokens(folder: Path, tokenizer: str | None, out: Path) -> None:
+    """Gives another folder's tokens names in `out` too, where convert.py and --init resume find them; other tokens of
+    these names are put aside. Raises OSError."""
+    for name in ("train.bin", "val.bin"):
+        path, target = out / name, (folder / name).resolve()
+        if not path.exists() or not path.samefile(target):
+            put_aside(path)
+            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
+                try:  # a second name of the same file, which stays where another run replaces the first
+                    os.link(target, path)
+                except OSError:
+                    path.symlink_to(target)
+    name_tokenizer(tokenizer, out)
+
+
+def name_tokenizer(name: str | None, folder: Path) -> None:
+    """Writes the name (None: unknown) of the tokenizer of the tokens in `folder` beside them, to meta.pkl, as nanoGPT
+    does; another meta.pkl keeps another name. Raises OSError."""
+    path, content = folder / "meta.pkl", b""
+    if name is not None:
+        content = pickle.dumps({"vocab_size": vocabulary(name), "tokenizer": name})
+    if path.exists() and path.read_bytes() != content:
+        put_aside(path)
+    if content:
+        with atomic_write(path) as f:
+            f.write(content)
+
+
+def check_length(name: str, tokens: int, block_size: int) -> None:
+    """Raises ValueError if a file has fewer tokens than one context and a target."""
+    if tokens < block_size + 1:
+        raise ValueError(f"{name}: {tokens} tokens are too few for a context of {block_size}: give more text"
+                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
 
 
 def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
@@ -650,9 +674,7 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
     if start and as_text(start) is not None:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
-    if len(tokens) < block_size + 1:
-        raise ValueError(f"{path.name}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
-                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
+    check_length(path.name, len(tokens), block_size)
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
@@ -674,66 +696,30 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
 
 
 def find_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None, home: Path | None
+    data: str, asked: str | None, stated: str | None, model: GPT | None
 ) -> tuple[Path | None, str | None]:
-    """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name if
-    anything tells it: --tokenizer (asked), the checkpoint of `model` in `home` (stated), and what lies beside the
-    tokens, another checkpoint or nanoGPT's meta.pkl. All that tell it must agree. Raises ValueError or OSError."""
-    folder, told = as_path(data), [asked, stated]
-    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
+    """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name, None
+    if nothing tells it: --tokenizer (asked), the checkpoint of `model` (stated) or the tokens' meta.pkl, which must
+    agree. Raises ValueError."""
+    folder = as_path(data)
+    encoded = data != "stdlib" and any((folder / name).exists() for name in ("train.bin", "val.bin"))
+    told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
+    if len(told) > 1:
+        names = " and ".join(sorted(repr(name[:20]) for name in told))
+        raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {names}")
+    tokenizer = told.pop() if told else None
     if encoded:
-        told.append(own_tokenizer(folder))
-        runs = [name for name in ("ckpt.pt", "d2dmoe.pt") if (folder / name).is_file()]
-        if runs and folder != home:
-            try:
-                told.append(load_checkpoint(folder, tuple(runs)).get("tokenizer"))
-            except ValueError:  # damaged or foreign: it tells nothing
-                if asked is None and stated is None:
-                    raise
-    told = [name for name in told if name is not None]
-    if not all(isinstance(name, str) for name in told):
-        raise ValueError(f"a checkpoint's tokenizer must be a name: {told!r:.100}")
-    if len(set(told)) > 1:
-        names = " and ".join(sorted(repr(name[:20]) for name in set(told)))
-        raise ValueError(f"--tokenizer, checkpoints and meta.pkl name different tokenizers: {names}")
-    tokenizer = told[0] if told else None
-    if encoded:
+        if tokenizer is None and model is None:
+            raise ValueError(f"--data {data} does not say which tokenizer made it: add --tokenizer gpt2 or bytes")
         return folder, tokenizer
-    if tokenizer is None and model is not None:
+    if model is None:
+        return None, tokenizer or "bytes"
+    if tokenizer is None:
         raise ValueError("the checkpoint names no tokenizer: add --tokenizer, or --data with its .bin files")
-    tokenizer = tokenizer or "bytes"
-    if model is not None and vocabulary(tokenizer) > model.config.vocab_size:
+    if vocabulary(tokenizer) > model.config.vocab_size:
         V = model.config.vocab_size
         raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
     return None, tokenizer
-
-
-def adopt_tokens(folder: Path, out: Path) -> Path:
-    """Makes a folder's tokens those of `out`: what was encoded into out/.new moves to out/train.bin and out/val.bin,
-    another folder's get these names too. Other tokens of that name stay as train-previous.bin. -> out.
-    Raises OSError."""
-    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
-        return out
-    encoded = folder == out / ".new"
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("train.bin", "val.bin"):
-        path, target = out / name, (folder / name).resolve()
-        if path.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
-            continue  # it has them
-        if not path.is_symlink():
-            keep_previous(path)
-        if encoded:
-            os.replace(target, path)
-            continue
-        path.unlink(missing_ok=True)
-        try:  # a second name of the same file, which stays where another run replaces the first
-            os.link(target, path)
-        except OSError:
-            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                path.symlink_to(target)
-    if encoded:
-        shutil.rmtree(folder, ignore_errors=True)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
