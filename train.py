@@ -129,7 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to run").add_argument
     add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
-    add("--tokenizer", choices=("bytes", "gpt2"), help="of text (default: the checkpoint's, the .bin files' own, or bytes)")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's, the .bin files' own, or bytes)")
     add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or"
         f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
     add("--out", type=as_path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
