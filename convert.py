@@ -43,7 +43,7 @@ from d2dmoe import (
     dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, as_path, claim, draw_offsets, encode_text, evaluate,
+    OTHER_TEXT, Batches, Parser, add_system_options, adopt_tokens, as_path, claim, draw_offsets, encode_text, evaluate,
     find_tokens, fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, put_aside,
     rank_zero_first, run, say, start_processes, take_windows,
 )  # fmt: skip
@@ -663,9 +663,11 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    place = as_path(args.ckpt)
-    home = place.parent if place.is_file() else place  # where the checkpoint's tokens lie
+    ckpt = as_path(args.ckpt)
+    home = ckpt.parent if ckpt.is_file() else ckpt  # where the checkpoint's tokens lie
     out = args.out or home
+    # Where text is encoded to, never over the tokens of a training run. (All processes decide before one encodes.)
+    place = out / "text" if (out / "train.bin").exists() and (out / "val.bin").exists() else out
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
     with rank_zero_first():
@@ -681,7 +683,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.eval:
             converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
         lock = claim(out) if rank == 0 else None  # noqa: F841
-        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
+        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, place)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     checksum = 0  # tells one dense model from another
     for p in dense.parameters():
@@ -734,15 +736,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_corpus(
-    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, out: Path
+    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, place: Path
 ) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
     """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. --data that is text is
-    encoded into out/text. Raises ValueError or OSError."""
+    encoded into `place`. Raises ValueError or OSError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    data, config = args.data or str(home), dense.config
+    data, config = args.data or f"{home}/", dense.config
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
-    folder = folder or encode_text(data, tokenizer, out / "text", config.block_size)
+    if folder is None:
+        encoded = encode_text(data, tokenizer, place)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # too little text does not take the place
+            open_tokens(encoded, config.block_size, config.vocab_size)
+        folder = adopt_tokens(encoded, tokenizer, place)
     tokens = open_tokens(folder, config.block_size, config.vocab_size)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):

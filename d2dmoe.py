@@ -607,12 +607,13 @@ HF_FIXED = {
 GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}  # by (n_layer, n_embd)
 
 
-def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
-    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json `hf`.
+def from_gpt2(raw: dict, config_json: Path | None, source: str | Path) -> dict:
+    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json.
 
     Weights do not tell n_head, the activation or the epsilon, so without a config.json only the shapes that OpenAI
     (and distilgpt2) published are accepted. Raises ValueError for whatever is not GPT-2's.
     """
+    hf = None if config_json is None else json.loads(config_json.read_text(encoding="utf-8"))
     if hf is not None:
         if hf.get("model_type") != "gpt2":
             raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
@@ -660,9 +661,9 @@ def from_gpt2(raw: dict, hf: dict | None, source: str | Path) -> dict:
     return {"model": weights, "config": config, "tokenizer": "gpt2" if hf["vocab_size"] == 50257 else None}
 
 
-def recognise(raw: dict, hf: dict | None, source: str | Path) -> dict:
-    """What a loaded file, with a config.json `hf` beside it if there is one, is by its own fields, in our format.
-    Raises ValueError with the reason and the next step."""
+def recognise(raw: dict, config_json: Path | None, source: str | Path) -> dict:
+    """What a loaded file, perhaps with a config.json beside it, is by its own fields, in our format. Raises ValueError
+    with the reason and the next step."""
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
@@ -686,8 +687,8 @@ def recognise(raw: dict, hf: dict | None, source: str | Path) -> dict:
         return raw | {"config": {k: v for k, v in raw["config"].items() if k in fields}}
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(raw.get(key), dict):
-            return recognise(raw[key], hf, source)
-    return from_gpt2(raw, hf, source)
+            return recognise(raw[key], config_json, source)
+    return from_gpt2(raw, config_json, source)
 
 
 GPT2_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -722,14 +723,13 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
             f"no checkpoint at {path}: train.py writes ckpt.pt, and convert.py makes d2dmoe.pt of it; run them first, "
             f"or check the path (by name: {', '.join(GPT2_REPOS)})"
         )
-    files, hf_config = [path], path.with_name("config.json")
+    files, config_json = [path], path.with_name("config.json")
     try:
         if path.name.endswith(".index.json"):  # of a model in several files
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
-        hf = json.loads(hf_config.read_text(encoding="utf-8")) if hf_config.exists() else None
-        return recognise(raw, hf, source)
+        return recognise(raw, config_json if config_json.is_file() else None, source)
     except (AttributeError, LookupError, TypeError, RuntimeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
 

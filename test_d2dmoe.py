@@ -937,6 +937,7 @@ def test_our_checkpoints_come_back_equal(tmp_path):
         assert d2dmoe.load_checkpoint(path)["step"] == 3
     other = tiny_dense(seed=5)
     d2dmoe.save_checkpoint(tmp_path / "dense/d2dmoe.pt", other)  # of a folder's two, the conversion
+    (tmp_path / "dense" / "config.json").write_text("{")  # somebody else's
     assert torch.equal(load_model(tmp_path / "dense").lm_head.weight, other.lm_head.weight)
 
 
@@ -1046,7 +1047,7 @@ def write_bins(folder, vocab=257, letters=""):
 
 
 def encoded(data, out):
-    train.encode_text(str(data), "bytes", out, block_size=1)
+    train.adopt_tokens(train.encode_text(str(data), "bytes", out), "bytes", out)
     return tokens_of(out), tokens_of(out, "val.bin")
 
 
@@ -1058,7 +1059,8 @@ def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_n
     assert saved(tmp_path / "out")["config"]["vocab_size"] == 6
     wrong = [{0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
     for message, tables in {
-        "is not a character table of nanoGPT's": [[], {}, *({"itos": itos} for itos in wrong)],
+        "is not a character table of nanoGPT's": [
+            [], {}, {"tokenizer": "nonsense"}, {"tokenizer": "characters:"}, *({"itos": itos} for itos in wrong)],
         r"names (_?io|builtins).open: only dicts": [evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}],
     }.items():
         for table in tables:
@@ -1143,36 +1145,51 @@ def test_of_a_single_file_every_byte_is_a_token_and_the_last_tenth_is_held_out(t
         assert (tmp_path / "train.bin").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path, monkeypatch):
     a, b, c = write_bins(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
-    original, other = [tokens_of(a), tokens_of(a, "val.bin")], encoded(write_text(tmp_path / "text.txt"), c)
-    assert train.own_tokenizer(c) == "bytes"
-    for out, data in ((b, a), (c, b), (a, c), (b, b), (c, a / ".." / "c")):  # links must not end where they begin
-        run_train(out, "--data", data, "--steps", 1, "--tokenizer", "bytes")
+    original = [tokens_of(a), tokens_of(a, "val.bin")]
+    encoded(write_text(tmp_path / "text.txt"), c)
+    (c / ".lock").touch()  # an earlier run
+    for out, data in ((b, a), (c, b), (a, c), (b, b)):  # links must not end where they begin
+        told = () if (data / "meta.pkl").exists() else ("--tokenizer", "bytes")  # a run's tokens name theirs
+        run_train(out, "--data", data, "--steps", 1, *told)
     for folder in (a, b, c):
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
-        run_train(folder, "--init", "resume", "--steps", 2)
         run_convert(folder, "--steps", 1, "--taus", 1)
         assert not any(p.is_symlink() for p in folder.iterdir())
-    assert all(map(np.array_equal, other, [tokens_of(c, "train-previous.bin"), tokens_of(c, "val-previous.bin")]))
     with monkeypatch.context() as m:
         m.setattr(os, "link", Mock(side_effect=OSError("another file system")))
-        run_train(tmp_path / "e", "--data", a, "--steps", 1, "--tokenizer", "bytes")
+        run_train(tmp_path / "e", "--data", c / ".." / "a", "--steps", 1)
     assert (tmp_path / "e" / "val.bin").is_symlink() and np.array_equal(tokens_of(tmp_path / "e"), original[0])
+    foreign = write_bins(tmp_path / ".new")  # a folder of that name elsewhere
+    run_train(tmp_path / "d", "--data", foreign, "--tokenizer", "bytes", "--steps", 1)
+    assert {p.name for p in foreign.iterdir()} == {"train.bin", "val.bin"}
     run_train(a, "--data", write_text(tmp_path / "other.txt", seed=5), "--steps", 1)  # what took its tokens keeps them
     assert all(np.array_equal(tokens_of(folder, "val.bin"), original[1]) for folder in (b, c))
-    letters = write_bins(tmp_path / "letters", letters="abc")
-    run_train(tmp_path / "d", "--data", letters, "--steps", 1)
+
+
+def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
+    letters, out = write_bins(tmp_path / "letters", letters="abc"), tmp_path / "out"
+    before = (letters / "meta.pkl").read_bytes()
+    run_train(letters, "--data", letters / ".." / "letters", "--steps", 1)
+    assert (letters / "meta.pkl").read_bytes() == before  # nanoGPT's own
+    run_train(out, "--data", letters, "--steps", 1)
+    assert train.own_tokenizer(out) == "characters:abc"
+    unnamed = write_bins(tmp_path / "unnamed")
+    run_train(out, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)  # the name goes with the tokens
+    assert train.own_tokenizer(out) == "bytes" and (out / "meta-previous.pkl").read_bytes() == before
     d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())
-    run_train(letters, "--data", a, "--steps", 1)  # tokens name their tokenizer, and one of other tokens goes with them
-    assert [train.own_tokenizer(tmp_path / name) for name in ("d", "letters")] == ["characters:abc", "bytes"]
-    assert train.own_tokenizer(tmp_path / "e") == "bytes" and (letters / "meta-previous.pkl").exists()
-    run_train(letters, "--init", tmp_path / "nano.pt", "--data", write_bins(tmp_path / "unnamed"), "--steps", 1)
-    assert train.own_tokenizer(letters) is None
+    run_train(out, "--init", tmp_path / "nano.pt", "--data", write_bins(tmp_path / "others"), "--steps", 1)
+    assert train.own_tokenizer(out) is None  # nothing tells it
+    run_train(unnamed, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
+    assert train.own_tokenizer(unnamed) == "bytes"
+
+    write_text(tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "text_files", lambda data: {"stdlib": [tmp_path / "text.txt"]}[data])
-    for _ in range(2):  # a folder of that name is not the standard library
-        run_train("stdlib", "--steps", 1)
+    monkeypatch.setattr(train, "text_files", lambda data: {"stdlib": [Path("text.txt")]}[data])
+    for arguments in (["--steps", 3], ["--steps", 4], ["--init", "resume", "--steps", 5]):
+        run_train("stdlib", *arguments)  # a folder of that name is not the standard library
+    run_convert("stdlib", "--steps", 1, "--taus", 1)
 
 
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
@@ -1378,7 +1395,7 @@ def test_a_step_in_pieces_in_two_processes_compiled_or_in_bfloat16_is_the_same_s
     output_of(torchrun("convert.py", *CONVERT, *options, "--ckpt", one, "--out", both))
     run_convert(one, *options)
     assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(both, "d2dmoe.pt")["model"], 1e-4)
-    assert (both / "text" / "train.bin").exists() and (one / "text" / "train.bin").exists()
+    assert (both / "train.bin").exists() and (one / "text" / "train.bin").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1928,7 +1945,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: train.py writes"),
-        (train.main, ["--init", "resume", "--out", bare], "nor a folder with train.bin"),
+        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
@@ -2075,25 +2092,25 @@ def test_a_checkpoint_that_is_a_link_loses_nothing(trained, tmp_path, resume):
     assert saved(tmp_path)["step"] == 40 and (tmp_path / "ckpt-previous.pt").read_bytes() == first
 
 
-def test_an_earlier_runs_tokens_keep_another_name(trained, tmp_path, monkeypatch, capsys):
+def test_an_earlier_runs_tokens_stay_until_the_first_save_and_then_keep_another_name(
+    trained, tmp_path, monkeypatch, capsys
+):
     copy_run(trained, tmp_path)
     before, other = tokens_of(tmp_path), ["--data", write_text(tmp_path / "other.txt", seed=5)]
-    for wrong in (["--n_head", 3], ["--init", "resume", "--n_layer", 9], ["--data", tmp_path / "short.txt"]):
-        (tmp_path / "short.txt").write_text("too short")
+    for wrong in (["--n_head", 3], ["--init", "resume", "--n_layer", 9], ["--init", "resume", "--steps", 30]):
         refused(run_train, tmp_path, *other, *wrong)
-    assert np.array_equal(tokens_of(tmp_path), before)
-    with monkeypatch.context() as m:
-        stop_at(m, 5)
-        assert run_train(tmp_path, *other, "--steps", 1000, "--eval_every", 1000) == 143
-    assert len(tokens_of(tmp_path)) != len(before)
-    assert np.array_equal(tokens_of(tmp_path, "train-previous.bin"), before)
-    assert f"the train.bin that was in {tmp_path} stays as {tmp_path}/train-previous.bin" in capsys.readouterr().out
-    for main in (partial(run_train, tmp_path, "--init", "resume", "--steps", 40), partial(run_convert, tmp_path)):
-        assert "not what ckpt.pt was trained on: give that text as --data" in refused(main)
+    stop_at(monkeypatch, 5)
+    assert run_train(tmp_path, *other, "--steps", 1000, "--eval_every", 1000) == 143
+    assert np.array_equal(tokens_of(tmp_path), before) and not (tmp_path / ".new").exists()
+    shutil.copytree(trained, tmp_path / ".new", ignore=shutil.ignore_patterns("*.pt"))  # killed before it moved them
+    refused(run_train, tmp_path, "--init", "resume", "--steps", 30)
+    run_train(tmp_path, "--init", "resume", "--steps", 40, "--data", tmp_path / ".new")
     for _ in range(2):  # the second time nothing changes
-        run_train(tmp_path, "--data", trained / "text.txt", "--steps", 10)
-        assert np.array_equal(tokens_of(tmp_path), before)
-    assert not list(tmp_path.glob("*-previous-3.bin"))
+        run_train(tmp_path, *other, "--steps", 10)
+        assert len(tokens_of(tmp_path)) != len(before)
+        assert np.array_equal(tokens_of(tmp_path, "train-previous.bin"), before)
+    assert f"the train.bin that was in {tmp_path} stays as {tmp_path}/train-previous.bin" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*-previous-2.bin")) and not (tmp_path / ".new").exists()
 
 
 def stop_at(monkeypatch, step):
@@ -2216,7 +2233,7 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(trained, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     before = copy_run(trained, tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # more than tokens need
-    options = ["--data", trained / "text.txt", "--out", tmp_path, "--steps", 10]
+    options = ["--data", write_text(tmp_path / "other.txt", seed=5), "--out", tmp_path, "--steps", 10]
     process = start("train.py", *TINY, *options, preexec_fn=limit)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or give --no-compile")
     resuming = args.init == "resume"
     source = args.out / "ckpt.pt" if resuming else args.init
-    data = args.data or (str(args.out) if resuming else "stdlib")
+    data = args.data or (f"{args.out}/" if resuming else "stdlib")
     with rank_zero_first():
         lock = claim(args.out) if rank == 0 else None  # noqa: F841  it keeps --out to this run
         checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
@@ -330,11 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
         model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
         config = model.config
-        folder = folder or encode_text(data, tokenizer, args.out, config.block_size)
+        folder = folder or encode_text(data, tokenizer, args.out)
         train_tokens, val_tokens = open_tokens(folder, config.block_size, config.vocab_size)
         text = fingerprint(train_tokens, val_tokens)
-        if folder != args.out and rank == 0:
-            link_tokens(folder, tokenizer, args.out)
         if resuming and args.data is None and checkpoint.get("text") != text:
             raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
         if checkpoint.get("text") not in (None, text):
@@ -358,12 +356,13 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def save(step: int) -> None:
-        nonlocal owns
+        nonlocal owns, folder
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         if not owns:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
+        folder = adopt_tokens(folder, tokenizer, args.out)  # a run that ends before it saves leaves an earlier one's
         put_aside(*(args.out / name for name in ("d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png")))
         owns = True
 
@@ -418,6 +417,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
                 if rank == 0 and not owns and not resuming and (args.out / "ckpt.pt").exists():
+                    shutil.rmtree(args.out / ".new", ignore_errors=True)
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
@@ -533,8 +533,8 @@ def own_tokenizer(folder: Path) -> str | None:
     try:
         with open(path, "rb") as f:
             meta = PlainUnpickler(f).load()
-        if isinstance(meta.get("tokenizer"), str):  # ours
-            return meta["tokenizer"]
+        if re.fullmatch("bytes|gpt2|characters:.+", name := str(meta.get("tokenizer")), re.DOTALL):  # ours
+            return name
         letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
             raise TypeError
@@ -585,15 +585,19 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_text(data: str, name: str, out: Path, block_size: int) -> Path:
-    """Writes out/train.bin and out/val.bin (uint16) with the tokenizer of that name, <|endoftext|> after each file, and
-    that name to out/meta.pkl. Every tenth file is held out, of fewer than ten the last tenth of the tokens. Other
-    tokens in out stay as train-previous.bin and val-previous.bin. -> out. Raises ValueError, OSError."""
+def encode_text(data: str, name: str, out: Path) -> Path:
+    """Writes train.bin and val.bin (uint16) into out/.new, with the tokenizer of that name, <|endoftext|> after each
+    file, and that name to meta.pkl. Every tenth file is held out, of fewer than ten the last tenth of the tokens.
+    -> out/.new, from where adopt_tokens moves them. Raises ValueError, OSError."""
+    new = out / ".new"
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
-        return out
+        return new
+    if data != "stdlib" and out.exists() and as_path(data).exists() and as_path(data).samefile(out):
+        raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
     files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
     end = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
-    with atomic_write(out / "train.bin") as train, atomic_write(out / "val.bin") as val:
+    with atomic_write(new / "train.bin") as train, atomic_write(new / "val.bin") as val:
         for i, file in enumerate(files):
             try:
                 text = as_text(file.read_bytes())
@@ -616,50 +620,43 @@ def encode_text(data: str, name: str, out: Path, block_size: int) -> Path:
             train.seek(2 * (length - length // 10))
             val.write(train.read())
             train.truncate(2 * (length - length // 10))
-        check_length("train.bin", train.seek(0, os.SEEK_END) // 2, block_size)
-        check_length("val.bin", val.seek(0, os.SEEK_END) // 2, block_size)
-        for new, path in (train, out / "train.bin"), (val, out / "val.bin"):
-            if path.exists() and not filecmp.cmp(new.name, path, shallow=False):
-                keep_previous(path)
-    name_tokenizer(name, out)
+    name_tokenizer(name, new)
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
-    return out
+    return new
 
 
-def link_tokens(folder: Path, tokenizer: str | None, out: Path) -> None:
-    """Gives another folder's tokens names in `out` too, where convert.py and --init resume find them; other tokens of
-    these names are put aside. Raises OSError."""
-    for name in ("train.bin", "val.bin"):
+def name_tokenizer(name: str, folder: Path) -> None:
+    """Tells the tokenizer of the tokens in a folder in meta.pkl, as nanoGPT does. Raises OSError."""
+    with atomic_write(folder / "meta.pkl") as f:
+        pickle.dump({"vocab_size": vocabulary(name), "tokenizer": name}, f)
+
+
+def adopt_tokens(folder: Path, tokenizer: str | None, out: Path) -> Path:
+    """Makes a folder's tokens those of `out`: what was encoded into out/.new moves to out/train.bin and out/val.bin,
+    another folder's get these names too; meta.pkl tells their tokenizer. What other tokens lay there stay as
+    train-previous.bin and so on. -> out. Raises OSError."""
+    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
+        return out
+    for name in ("train.bin", "val.bin", "meta.pkl"):
         path, target = out / name, (folder / name).resolve()
-        if not path.exists() or not path.samefile(target):
-            put_aside(path)
-            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                try:  # a second name of the same file, which stays where another run replaces the first
-                    os.link(target, path)
-                except OSError:
+        if path.exists() and target.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
+            continue  # it has them
+        if not path.is_symlink():
+            keep_previous(path)
+        path.unlink(missing_ok=True)
+        if folder == out / ".new":
+            os.replace(target, path)
+        elif target.exists():
+            try:  # a second name of the same file, which stays where another run replaces the first
+                os.link(target, path)
+            except OSError:
+                with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
                     path.symlink_to(target)
-    name_tokenizer(tokenizer, out)
-
-
-def name_tokenizer(name: str | None, folder: Path) -> None:
-    """Writes the name (None: unknown) of the tokenizer of the tokens in `folder` beside them, to meta.pkl, as nanoGPT
-    does; another meta.pkl keeps another name. Raises OSError."""
-    path, content = folder / "meta.pkl", b""
-    if name is not None:
-        content = pickle.dumps({"vocab_size": vocabulary(name), "tokenizer": name})
-    if path.exists() and path.read_bytes() != content:
-        put_aside(path)
-    if content:
-        with atomic_write(path) as f:
-            f.write(content)
-
-
-def check_length(name: str, tokens: int, block_size: int) -> None:
-    """Raises ValueError if a file has fewer tokens than one context and a target."""
-    if tokens < block_size + 1:
-        raise ValueError(f"{name}: {tokens} tokens are too few for a context of {block_size}: give more text"
-                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
+    if tokenizer is not None and not (out / "meta.pkl").exists():
+        name_tokenizer(tokenizer, out)
+    shutil.rmtree(out / ".new", ignore_errors=True)
+    return out
 
 
 def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
@@ -674,7 +671,9 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
     if start and as_text(start) is not None:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
-    check_length(path.name, len(tokens), block_size)
+    if len(tokens) < block_size + 1:
+        raise ValueError(f"{path.name}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
+                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
     if tokens.max() >= vocab_size:
