@@ -682,6 +682,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not args.eval:
             converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
+        tables = [read_table(folder) for folder in args.compare]
         lock = claim(out) if rank == 0 else None  # noqa: F841
         tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, place)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
@@ -690,7 +691,6 @@ def main(argv: list[str] | None = None) -> None:
         checksum = zlib.crc32(p.contiguous().numpy(), checksum)
     dense.to(device)
     if rank == 0:
-        tables = [read_table(folder) for folder in args.compare]
         dense_loss, _ = evaluate(dense, val_tokens, windows, EVAL_BATCH)
         if not math.isfinite(dense_loss):
             raise ValueError(f"the dense model's loss on held-out text is {dense_loss}: this checkpoint cannot be used")

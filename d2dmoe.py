@@ -608,7 +608,7 @@ GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6,
 
 
 def from_gpt2(raw: dict, config_json: Path | None, source: str | Path) -> dict:
-    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json.
+    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json (None if there is none).
 
     Weights do not tell n_head, the activation or the epsilon, so without a config.json only the shapes that OpenAI
     (and distilgpt2) published are accepted. Raises ValueError for whatever is not GPT-2's.
@@ -662,8 +662,8 @@ def from_gpt2(raw: dict, config_json: Path | None, source: str | Path) -> dict:
 
 
 def recognise(raw: dict, config_json: Path | None, source: str | Path) -> dict:
-    """What a loaded file, perhaps with a config.json beside it, is by its own fields, in our format. Raises ValueError
-    with the reason and the next step."""
+    """A loaded file in our format; its own fields tell what it is. config_json: the file of that name beside it, or
+    None. Raises ValueError with the reason and the next step."""
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT

@@ -1059,7 +1059,7 @@ def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_n
     assert saved(tmp_path / "out")["config"]["vocab_size"] == 6
     wrong = [{0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
     for message, tables in {
-        "is not a character table of nanoGPT's": [
+        "nor is it a character table of nanoGPT's": [
             [], {}, {"tokenizer": "nonsense"}, {"tokenizer": "characters:"}, *({"itos": itos} for itos in wrong)],
         r"names (_?io|builtins).open: only dicts": [evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}],
     }.items():
@@ -1177,7 +1177,8 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
     assert train.own_tokenizer(out) == "characters:abc"
     unnamed = write_bins(tmp_path / "unnamed")
     run_train(out, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)  # the name goes with the tokens
-    assert train.own_tokenizer(out) == "bytes" and (out / "meta-previous.pkl").read_bytes() == before
+    run_train(out, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
+    assert train.own_tokenizer(out) == "bytes" and len([*out.glob("meta*")]) == 2
     d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())
     run_train(out, "--init", tmp_path / "nano.pt", "--data", write_bins(tmp_path / "others"), "--steps", 1)
     assert train.own_tokenizer(out) is None  # nothing tells it

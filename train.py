@@ -539,8 +539,10 @@ def own_tokenizer(folder: Path) -> str | None:
         if len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
             raise TypeError
         return "characters:" + "".join(letters)
-    except (KeyError, TypeError, IndexError, EOFError, AttributeError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is not a character table of nanoGPT's, one character per token") from None
+    except (KeyError, TypeError, IndexError, EOFError, AttributeError, OverflowError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} neither names a tokenizer that is known here, nor is it a character table of nanoGPT's"
+        ) from None
 
 
 def text_files(data: str) -> list[Path]:
@@ -587,14 +589,14 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 def encode_text(data: str, name: str, out: Path) -> Path:
     """Writes train.bin and val.bin (uint16) into out/.new, with the tokenizer of that name, <|endoftext|> after each
-    file, and that name to meta.pkl. Every tenth file is held out, of fewer than ten the last tenth of the tokens.
-    -> out/.new, from where adopt_tokens moves them. Raises ValueError, OSError."""
+    file. Every tenth file is held out, of fewer than ten the last tenth of the tokens. -> out/.new, from where
+    adopt_tokens moves them. Raises ValueError, OSError."""
     new = out / ".new"
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
         return new
     if data != "stdlib" and out.exists() and as_path(data).exists() and as_path(data).samefile(out):
         raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(new, ignore_errors=True)  # what a run left that was killed or refused
     files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
     end = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     with atomic_write(new / "train.bin") as train, atomic_write(new / "val.bin") as val:
@@ -620,41 +622,41 @@ def encode_text(data: str, name: str, out: Path) -> Path:
             train.seek(2 * (length - length // 10))
             val.write(train.read())
             train.truncate(2 * (length - length // 10))
-    name_tokenizer(name, new)
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
     return new
 
 
-def name_tokenizer(name: str, folder: Path) -> None:
-    """Tells the tokenizer of the tokens in a folder in meta.pkl, as nanoGPT does. Raises OSError."""
-    with atomic_write(folder / "meta.pkl") as f:
-        pickle.dump({"vocab_size": vocabulary(name), "tokenizer": name}, f)
-
-
 def adopt_tokens(folder: Path, tokenizer: str | None, out: Path) -> Path:
     """Makes a folder's tokens those of `out`: what was encoded into out/.new moves to out/train.bin and out/val.bin,
-    another folder's get these names too; meta.pkl tells their tokenizer. What other tokens lay there stay as
+    another folder's get these names too; meta.pkl names their tokenizer. Other tokens that lay there stay as
     train-previous.bin and so on. -> out. Raises OSError."""
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
         return out
-    for name in ("train.bin", "val.bin", "meta.pkl"):
+    try:
+        named = own_tokenizer(out) == tokenizer
+    except ValueError:  # a foreign meta.pkl
+        named = False
+    if not named:  # first, and written last: whatever kills this, no tokens lie under another tokenizer's name
+        put_aside(out / "meta.pkl")
+    for name in ("train.bin", "val.bin"):
         path, target = out / name, (folder / name).resolve()
-        if path.exists() and target.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
+        if path.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
             continue  # it has them
         if not path.is_symlink():
             keep_previous(path)
         path.unlink(missing_ok=True)
         if folder == out / ".new":
             os.replace(target, path)
-        elif target.exists():
-            try:  # a second name of the same file, which stays where another run replaces the first
-                os.link(target, path)
-            except OSError:
-                with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                    path.symlink_to(target)
-    if tokenizer is not None and not (out / "meta.pkl").exists():
-        name_tokenizer(tokenizer, out)
+            continue
+        try:  # a second name of the same file, which stays where another run replaces the first
+            os.link(target, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
+                path.symlink_to(target)
+    if tokenizer is not None and not named:
+        with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
+            pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
     shutil.rmtree(out / ".new", ignore_errors=True)
     return out
 
