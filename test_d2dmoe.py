@@ -1059,7 +1059,7 @@ def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_n
     assert saved(tmp_path / "out")["config"]["vocab_size"] == 6
     wrong = [{0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
     for message, tables in {
-        "nor is it a character table of nanoGPT's": [
+        "neither names a tokenizer that is known here, nor": [
             [], {}, {"tokenizer": "nonsense"}, {"tokenizer": "characters:"}, *({"itos": itos} for itos in wrong)],
         r"names (_?io|builtins).open: only dicts": [evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}],
     }.items():
