@@ -742,7 +742,7 @@ def open_corpus(
     encoded into `place`. Raises ValueError or OSError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    data, config = args.data or f"{home}/", dense.config
+    data, config = args.data or f"{home}/", dense.config  # the slash: even if the folder is named stdlib
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
     if folder is None:
         encoded = encode_text(data, tokenizer, place)

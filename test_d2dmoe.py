@@ -336,12 +336,19 @@ def bfloat16_interpreter(monkeypatch):
 
 @needs_triton
 def test_triton_random_sweep(bfloat16_interpreter, monkeypatch):
-    """Decoding and prefill, and prefill in chunks; twice, bit for bit the same"""
-    draw = random.Random(0)
+    """Decoding and prefill, and prefill in chunks within the budget of memory; twice, bit for bit the same"""
+    draw, new_empty, sizes = random.Random(0), torch.Tensor.new_empty, []
+
+    def measured(t, *shape, **options):
+        if len(shape) == 4:  # partial rows
+            sizes.append(math.prod(shape) * t.element_size() / kernels.PARTIAL_BYTES)
+        return new_empty(t, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", measured)
     for trial in range(40):
         N, d = draw.choice([1, 2, 5, 16, 17, 63, 140]), draw.randint(1, 150)
         E, h = draw.randint(1, 4), draw.randint(1, 140)
-        monkeypatch.setattr(kernels, "PARTIAL_BYTES", draw.choice([1 << 28, 1 << 17]))
+        monkeypatch.setattr(kernels, "PARTIAL_BYTES", draw.choice([1 << 28, 1 << 16]))
         dtype, activation = draw.choice(list(kernels.TOLERANCE)), draw.choice(list(kernels.ACTIVATIONS))
         layer = kernels.random_layer(N, d, E, h, dtype, "cpu")
         executed = torch.rand(N, E) < draw.random()
@@ -350,6 +357,7 @@ def test_triton_random_sweep(bfloat16_interpreter, monkeypatch):
         assert trial % 4 or torch.equal(y, kernels._triton_ffn(*layer, executed, activation))
         expected = kernels.masked_ffn(*(t.double() for t in layer), executed, activation)
         assert_close(y, expected, kernels.TOLERANCE[dtype])
+    assert 0.9 < max(sizes) <= 1
 
 
 @needs_triton
@@ -1709,6 +1717,9 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
         run(*arguments)
         assert ("a layer is too small for experts to save time" in capsys.readouterr().out) == (seconds > 1)
     assert "at most three folders" in refused(*arguments, "--compare", *[trained] * 4)
+    shutil.copy(trained / "ckpt.pt", tmp_path / "d2dmoe.pt")
+    assert "was not converted from the model in" in refused(*arguments)  # a dense model
+    shutil.copy(trained / "d2dmoe.pt", tmp_path)
     checkpoint = saved(tmp_path)
     name = "transformer.h.1.mlp.c_fc.weight"
     weight = checkpoint["model"][name]

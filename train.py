@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--compile needs a C++ compiler (g++) on a CPU: install one, or give --no-compile")
     resuming = args.init == "resume"
     source = args.out / "ckpt.pt" if resuming else args.init
-    data = args.data or (f"{args.out}/" if resuming else "stdlib")
+    data = args.data or (f"{args.out}/" if resuming else "stdlib")  # the slash: even if the folder is named stdlib
     with rank_zero_first():
         lock = claim(args.out) if rank == 0 else None  # noqa: F841  it keeps --out to this run
         checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
@@ -545,11 +545,16 @@ def own_tokenizer(folder: Path) -> str | None:
         ) from None
 
 
+def place_of(data: str) -> Path:
+    """What --data names: a file or a folder; "stdlib" is Python's own library, wherever that lies."""
+    return Path(sysconfig.get_path("stdlib")) if data == "stdlib" else as_path(data)
+
+
 def text_files(data: str) -> list[Path]:
-    """The files of "stdlib", or of a file or folder, sorted. Raises FileNotFoundError or ValueError."""
-    root, skip = as_path(data), set()
+    """The files in place_of(data), or that file, sorted; of "stdlib" Python's sources without its tests and without
+    what is installed. Raises FileNotFoundError or ValueError."""
+    root, skip = place_of(data), set()
     if data == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     if not root.exists():
         raise FileNotFoundError(f"--data {data}: no such file or folder")
@@ -594,7 +599,7 @@ def encode_text(data: str, name: str, out: Path) -> Path:
     new = out / ".new"
     if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
         return new
-    if data != "stdlib" and out.exists() and as_path(data).exists() and as_path(data).samefile(out):
+    if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
         raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
     shutil.rmtree(new, ignore_errors=True)  # what a run left that was killed or refused
     files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
@@ -702,8 +707,8 @@ def find_tokens(
     """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name, None
     if nothing tells it: --tokenizer (asked), the checkpoint of `model` (stated) or the tokens' meta.pkl, which must
     agree. Raises ValueError."""
-    folder = as_path(data)
-    encoded = data != "stdlib" and any((folder / name).exists() for name in ("train.bin", "val.bin"))
+    folder = place_of(data)
+    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
     told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
     if len(told) > 1:
         names = " and ".join(sorted(repr(name[:20]) for name in told))
