@@ -43,9 +43,9 @@ from d2dmoe import (
     dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, adopt_tokens, as_path, claim, draw_offsets, encode_text, evaluate,
-    find_tokens, fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, put_aside,
-    rank_zero_first, run, say, start_processes, take_windows,
+    OTHER_TEXT, Batches, Parser, add_system_options, add_text, as_path, claim, draw_offsets, evaluate, find_tokens,
+    fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, put_aside, rank_zero_first,
+    run, say, start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,8 +666,6 @@ def main(argv: list[str] | None = None) -> None:
     ckpt = as_path(args.ckpt)
     home = ckpt.parent if ckpt.is_file() else ckpt  # where the checkpoint's tokens lie
     out = args.out or home
-    # Where text is encoded to, never over the tokens of a training run. (All processes decide before one encodes.)
-    place = out / "text" if (out / "train.bin").exists() and (out / "val.bin").exists() else out
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
     with rank_zero_first():
@@ -684,7 +682,7 @@ def main(argv: list[str] | None = None) -> None:
             converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
         tables = [read_table(folder) for folder in args.compare]
         lock = claim(out) if rank == 0 else None  # noqa: F841
-        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, place)
+        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     checksum = 0  # tells one dense model from another
     for p in dense.parameters():
@@ -736,20 +734,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_corpus(
-    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, place: Path
+    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, out: Path
 ) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
     """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. --data that is text is
-    encoded into `place`. Raises ValueError or OSError."""
+    encoded into out/text. Raises ValueError or OSError."""
     if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
         raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    data, config = args.data or f"{home}/", dense.config  # the slash: even if the folder is named stdlib
+    data = args.data or f"{home}/"  # the slash: even if the folder is named stdlib
     folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
-    if folder is None:
-        encoded = encode_text(data, tokenizer, place)
-        if not dist.is_initialized() or dist.get_rank() == 0:  # too little text does not take the place
-            open_tokens(encoded, config.block_size, config.vocab_size)
-        folder = adopt_tokens(encoded, tokenizer, place)
-    tokens = open_tokens(folder, config.block_size, config.vocab_size)
+    tokens = open_tokens(folder or add_text(data, tokenizer, out / "text", dense.config), dense.config)
     text = fingerprint(*tokens)
     if args.data is None and checkpoint.get("text") not in (None, text):
         raise ValueError(f"{home}/train.bin and val.bin {OTHER_TEXT}")

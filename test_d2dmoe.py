@@ -1055,7 +1055,7 @@ def write_bins(folder, vocab=257, letters=""):
 
 
 def encoded(data, out):
-    train.adopt_tokens(train.encode_text(str(data), "bytes", out), "bytes", out)
+    train.encode_text(str(data), train.load_tokenizer("bytes"), out)
     return tokens_of(out), tokens_of(out, "val.bin")
 
 
@@ -1091,7 +1091,7 @@ def test_cutting_text_into_pieces_does_not_change_its_tokens():
         cuts += len(pieces) - 1
         assert "".join(pieces) == text
         assert sum((tokenizer.encode_ordinary(p) for p in pieces), []) == tokenizer.encode_ordinary(text)
-    assert cuts > 200 and list(train.pieces("")) == [""]
+    assert cuts > 200 and list(train.pieces("")) == []
     pieces = list(train.pieces("x" * 5000, size=10))  # nowhere to cut, and still no piece is long
     assert "".join(pieces) == "x" * 5000 and max(map(len, pieces)) <= 20
 
@@ -1118,12 +1118,10 @@ def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_
     for name in (".hidden", "earlier_run/ckpt.pt", "earlier_run/cost_vs_loss.csv"):
         (folder / name).write_text("x")
     (folder / "missing.txt").symlink_to(tmp_path / "nowhere")
-    (folder / "loop").symlink_to(folder)
-    (tmp_path / "elsewhere").mkdir()
-    (folder / "20.txt").rename(tmp_path / "elsewhere" / "20.txt")
-    for name in ("linked", "linked again"):  # once
-        (folder / name).symlink_to(tmp_path / "elsewhere")
-    (folder / "up").symlink_to("..")  # never
+    (folder / "20.txt").rename(tmp_path / "20.txt")
+    (folder / "linked.txt").symlink_to(tmp_path / "20.txt")
+    for name, target in (("loop", folder), ("up", "..")):  # links to folders are not followed
+        (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = encoded(folder, tmp_path / "out")
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
@@ -1156,8 +1154,6 @@ def test_of_a_single_file_every_byte_is_a_token_and_the_last_tenth_is_held_out(t
 def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp_path, monkeypatch):
     a, b, c = write_bins(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
     original = [tokens_of(a), tokens_of(a, "val.bin")]
-    encoded(write_text(tmp_path / "text.txt"), c)
-    (c / ".lock").touch()  # an earlier run
     for out, data in ((b, a), (c, b), (a, c), (b, b)):  # links must not end where they begin
         told = () if (data / "meta.pkl").exists() else ("--tokenizer", "bytes")  # a run's tokens name theirs
         run_train(out, "--data", data, "--steps", 1, *told)
@@ -1165,15 +1161,9 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
         run_convert(folder, "--steps", 1, "--taus", 1)
         assert not any(p.is_symlink() for p in folder.iterdir())
-    with monkeypatch.context() as m:
-        m.setattr(os, "link", Mock(side_effect=OSError("another file system")))
-        run_train(tmp_path / "e", "--data", c / ".." / "a", "--steps", 1)
+    monkeypatch.setattr(train.adopt_tokens, "__defaults__", (Mock(side_effect=OSError("another file system")),))
+    run_train(tmp_path / "e", "--data", c / ".." / "a", "--steps", 1)
     assert (tmp_path / "e" / "val.bin").is_symlink() and np.array_equal(tokens_of(tmp_path / "e"), original[0])
-    foreign = write_bins(tmp_path / ".new")  # a folder of that name elsewhere
-    run_train(tmp_path / "d", "--data", foreign, "--tokenizer", "bytes", "--steps", 1)
-    assert {p.name for p in foreign.iterdir()} == {"train.bin", "val.bin"}
-    run_train(a, "--data", write_text(tmp_path / "other.txt", seed=5), "--steps", 1)  # what took its tokens keeps them
-    assert all(np.array_equal(tokens_of(folder, "val.bin"), original[1]) for folder in (b, c))
 
 
 def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
@@ -1183,15 +1173,13 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
     assert (letters / "meta.pkl").read_bytes() == before  # nanoGPT's own
     run_train(out, "--data", letters, "--steps", 1)
     assert train.own_tokenizer(out) == "characters:abc"
-    unnamed = write_bins(tmp_path / "unnamed")
-    run_train(out, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)  # the name goes with the tokens
-    run_train(out, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
-    assert train.own_tokenizer(out) == "bytes" and len([*out.glob("meta*")]) == 2
+    unnamed, other = write_bins(tmp_path / "unnamed"), tmp_path / "other"
     d2dmoe.save_checkpoint(tmp_path / "nano.pt", tiny_dense())
-    run_train(out, "--init", tmp_path / "nano.pt", "--data", write_bins(tmp_path / "others"), "--steps", 1)
-    assert train.own_tokenizer(out) is None  # nothing tells it
-    run_train(unnamed, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
-    assert train.own_tokenizer(unnamed) == "bytes"
+    run_train(other, "--init", tmp_path / "nano.pt", "--data", unnamed, "--steps", 1)
+    assert train.own_tokenizer(other) is None  # nothing tells it
+    for folder in (other, unnamed):
+        run_train(folder, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
+        assert train.own_tokenizer(folder) == "bytes"
 
     write_text(tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
@@ -1202,7 +1190,7 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
 
 
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
-    path = write_bins(tmp_path) / "val.bin"
+    path, config = write_bins(tmp_path) / "val.bin", tiny_config()
     llm_c = np.array([20240520, 1, *range(900)], np.int32).tobytes()
     for message, contents in {
         "not a plain file of uint16": [b"\x93NUMPY\1\0" + bytes(900), llm_c, bytes(901)],
@@ -1213,9 +1201,9 @@ def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
     }.items():
         for content in contents:
             path.write_bytes(content)
-            assert re.search(f"val.bin.* {message}", refused(train.open_tokens, tmp_path, 16, 257))
+            assert re.search(f"val.bin.* {message}", refused(train.open_tokens, tmp_path, config))
     path.unlink()
-    assert "val.bin is missing" in refused(train.open_tokens, tmp_path, 16, 257)
+    assert "val.bin is missing" in refused(train.open_tokens, tmp_path, config)
 
 
 def test_batches_and_schedules_depend_on_seed_and_step_alone(monkeypatch):
@@ -1404,7 +1392,7 @@ def test_a_step_in_pieces_in_two_processes_compiled_or_in_bfloat16_is_the_same_s
     output_of(torchrun("convert.py", *CONVERT, *options, "--ckpt", one, "--out", both))
     run_convert(one, *options)
     assert_same_weights(saved(one, "d2dmoe.pt")["model"], saved(both, "d2dmoe.pt")["model"], 1e-4)
-    assert (both / "train.bin").exists() and (one / "text" / "train.bin").exists()
+    assert all(np.array_equal(tokens_of(folder / "text"), tokens_of(trained)) for folder in (both, one))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1777,11 +1765,8 @@ def test_a_hugging_face_model_converts_on_bins_or_text_of_its_tokens(trained, tm
     first = tokens_of(out / "text")
     third = ("--data", write_text(tmp_path / "third.txt", seed=2), "--tokenizer", "bytes")
     assert "do not divide" in refused(run_convert, ckpt, "--out", out, *third, "--num_experts", 7)
-    (tmp_path / "short.txt").write_text("too short")
-    assert "too few" in refused(run_convert, ckpt, "--out", out, *third, "--data", tmp_path / "short.txt")
+    assert "holds tokens of another text" in refused(run_convert, ckpt, "--out", out, *third)
     assert np.array_equal(tokens_of(out / "text"), first)
-    run_convert(ckpt, "--steps", 1, "--taus", 0.9, "--out", out, *third)
-    assert np.array_equal(tokens_of(out / "text", "train-previous.bin"), first)
     assert "no checkpoint at" in refused(convert.main, "--ckpt", ckpt, "--eval", "--data", trained)
 
 
@@ -1957,7 +1942,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: train.py writes"),
-        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
+        (train.main, ["--init", "resume", "--out", bare], "nor a folder with train.bin and val.bin: give one as"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
@@ -2057,11 +2042,14 @@ def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
     write_text(text, seed=1)  # the run has its tokens: neither the folder nor the text's new content matters
     run_train(out, "--init", "resume", "--steps", 11)
     assert "warning" not in capsys.readouterr().out
+    assert "train.bin holds tokens of another text" in refused(run_train, out, "--init", "resume", "--data", text)
+    for name in ("train.bin", "val.bin"):
+        (out / name).unlink()
     run_train(out, "--init", "resume", "--steps", 12, "--data", text)
     assert "warning: the checkpoint was trained on another text" in capsys.readouterr().out
     for init, data, warns in (trained, trained, False), (trained, text, True), (tmp_path / "nanogpt.pt", text, False):
         torch.save({k: v for k, v in saved(trained).items() if k != "text"}, tmp_path / "nanogpt.pt")
-        run_train(tmp_path / "tuned", "--init", init, "--data", data, "--tokenizer", "bytes", "--steps", 1)
+        run_train(tmp_path / f"from {data.name}", "--init", init, "--data", data, "--tokenizer", "bytes", "--steps", 1)
         assert ("was trained on another text" in capsys.readouterr().out) == warns
     for name in ("train.bin", "val.bin"):
         shutil.copy(trained / name, out)
@@ -2104,25 +2092,21 @@ def test_a_checkpoint_that_is_a_link_loses_nothing(trained, tmp_path, resume):
     assert saved(tmp_path)["step"] == 40 and (tmp_path / "ckpt-previous.pt").read_bytes() == first
 
 
-def test_an_earlier_runs_tokens_stay_until_the_first_save_and_then_keep_another_name(
-    trained, tmp_path, monkeypatch, capsys
-):
-    copy_run(trained, tmp_path)
-    before, other = tokens_of(tmp_path), ["--data", write_text(tmp_path / "other.txt", seed=5)]
-    for wrong in (["--n_head", 3], ["--init", "resume", "--n_layer", 9], ["--init", "resume", "--steps", 30]):
-        refused(run_train, tmp_path, *other, *wrong)
-    stop_at(monkeypatch, 5)
-    assert run_train(tmp_path, *other, "--steps", 1000, "--eval_every", 1000) == 143
-    assert np.array_equal(tokens_of(tmp_path), before) and not (tmp_path / ".new").exists()
-    shutil.copytree(trained, tmp_path / ".new", ignore=shutil.ignore_patterns("*.pt"))  # killed before it moved them
-    refused(run_train, tmp_path, "--init", "resume", "--steps", 30)
-    run_train(tmp_path, "--init", "resume", "--steps", 40, "--data", tmp_path / ".new")
-    for _ in range(2):  # the second time nothing changes
-        run_train(tmp_path, *other, "--steps", 10)
-        assert len(tokens_of(tmp_path)) != len(before)
-        assert np.array_equal(tokens_of(tmp_path, "train-previous.bin"), before)
-    assert f"the train.bin that was in {tmp_path} stays as {tmp_path}/train-previous.bin" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*-previous-2.bin")) and not (tmp_path / ".new").exists()
+def test_a_run_never_changes_the_tokens_of_a_folder(trained, tmp_path):
+    copy_run(trained, tmp_path / "out")
+    out, before = tmp_path / "out", {p.name: p.read_bytes() for p in trained.glob("*.*")}
+    text, bins = write_text(tmp_path / "other.txt", seed=5), write_bins(tmp_path / "bins")
+    for other, more in itertools.product((text, bins), ([], ["--init", trained], ["--init", "resume"])):
+        line = refused(run_train, out, "--data", other, "--tokenizer", "bytes", "--steps", 40, *more)
+        assert f"{out}/train.bin holds tokens of another text or tokenizer: choose another --out, or delete it" in line
+    (tmp_path / "short.txt").write_text("short")
+    for wrong in (["--data", tmp_path / "short.txt"], ["--data", text, "--n_head", 3], ["--data", bins, "--n_head", 3]):
+        refused(run_train, tmp_path / "new", *wrong)
+    run_train(out, "--data", trained / "text.txt", "--steps", 10)  # the same once more
+    run_train(tmp_path / "new", "--data", text, "--steps", 1)  # what was refused left none
+    for name in ("train.bin", "val.bin"):
+        assert (out / name).read_bytes() == before[name]
+    assert not [p for p in (*out.iterdir(), *(tmp_path / "new").iterdir()) if p.is_dir()]
 
 
 def stop_at(monkeypatch, step):
@@ -2245,7 +2229,7 @@ def test_of_two_runs_into_one_folder_the_second_is_refused(trained, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_why(trained, tmp_path):
     before = copy_run(trained, tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # more than tokens need
-    options = ["--data", write_text(tmp_path / "other.txt", seed=5), "--out", tmp_path, "--steps", 10]
+    options = ["--data", trained / "text.txt", "--out", tmp_path, "--steps", 10]
     process = start("train.py", *TINY, *options, preexec_fn=limit)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -330,13 +331,14 @@ def main(argv: list[str] | None = None) -> int:
         folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
         model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
         config = model.config
-        folder = folder or encode_text(data, tokenizer, args.out)
-        train_tokens, val_tokens = open_tokens(folder, config.block_size, config.vocab_size)
+        folder = folder or add_text(data, tokenizer, args.out, config)
+        train_tokens, val_tokens = open_tokens(folder, config)
         text = fingerprint(train_tokens, val_tokens)
         if resuming and args.data is None and checkpoint.get("text") != text:
             raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
         if checkpoint.get("text") not in (None, text):
             say("warning: the checkpoint was trained on another text than --data, perhaps on some that is held out now")
+        adopt_tokens(folder, tokenizer, args.out)
     facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
     batches = Batches(train_tokens, config, args.steps, sequences, args.seed, device, at_once=args.batch_size)
@@ -356,13 +358,12 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def save(step: int) -> None:
-        nonlocal owns, folder
+        nonlocal owns
         check_finite(step, *(p.detach().norm().item() for p in model.parameters()))
         if not owns:
             keep_previous(args.out / "ckpt.pt")
         # No random state: batches depend on seed and step alone, and the model has no dropout.
         save_checkpoint(args.out / "ckpt.pt", model, step=step, optimizer=optimizer.state_dict(), **facts)
-        folder = adopt_tokens(folder, tokenizer, args.out)  # a run that ends before it saves leaves an earlier one's
         put_aside(*(args.out / name for name in ("d2dmoe.pt", "cost_vs_loss.csv", "cost_vs_loss.png")))
         owns = True
 
@@ -417,7 +418,6 @@ def main(argv: list[str] | None = None) -> int:
                 losses, clock, since = [], time.perf_counter(), done
             if stopping and done < args.steps:
                 if rank == 0 and not owns and not resuming and (args.out / "ckpt.pt").exists():
-                    shutil.rmtree(args.out / ".new", ignore_errors=True)
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
                 elif rank == 0:
                     save(done)
@@ -552,7 +552,7 @@ def place_of(data: str) -> Path:
 
 def text_files(data: str) -> list[Path]:
     """The files in place_of(data), or that file, sorted; of "stdlib" Python's sources without its tests and without
-    what is installed. Raises FileNotFoundError or ValueError."""
+    what is installed. Links to folders are not followed. Raises FileNotFoundError or ValueError."""
     root, skip = place_of(data), set()
     if data == "stdlib":
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -560,13 +560,11 @@ def text_files(data: str) -> list[Path]:
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     if [path.name for path in root.glob("*.py")] == ["prepare.py"]:  # a data folder of nanoGPT's
         raise ValueError(f"--data {data}: no train.bin there yet: run its prepare.py first")
-    files, seen = [] if root.is_dir() else [root], set(map(str, root.resolve().parents))
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        # Not a run's own folder; and none a second time or from above, as links can lead there.
-        if {"ckpt.pt", "d2dmoe.pt"} & set(names) or os.path.realpath(folder) in seen:
+    files = [] if root.is_dir() else [root]
+    for folder, subfolders, names in os.walk(root):
+        if {"ckpt.pt", "d2dmoe.pt"} & set(names):  # a run's own folder
             subfolders[:], names = [], []
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(s for s in subfolders if s not in skip and not s.startswith("."))
+        subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
         names = [n for n in names if not n.startswith(".") and (n.endswith(".py") or data != "stdlib")]
         files += [path for path in (Path(folder, n) for n in names) if path.is_file()]  # no pipes, no dangling links
     return sorted(files)
@@ -583,28 +581,16 @@ def as_text(content: bytes) -> str | None:
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     """Cut before a newline that a word follows, where GPT-2's tokenizer splits anyway: the tokens do not change. (If
     there is none in a megabyte, it is cut all the same.)"""
-    start, boundary = 0, re.compile(r"\n(?=\S)")
-    while len(text) - start > size:
-        cut = boundary.search(text, start + size, start + 2 * size)
-        end = cut.start() if cut else start + 2 * size
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    for piece in re.finditer(rf"(?s).{{1,{size}}}(?:.{{0,{size}}}?(?=\n\S|\Z)|.{{0,{size}}})", text):
+        yield piece[0]
 
 
-def encode_text(data: str, name: str, out: Path) -> Path:
-    """Writes train.bin and val.bin (uint16) into out/.new, with the tokenizer of that name, <|endoftext|> after each
-    file. Every tenth file is held out, of fewer than ten the last tenth of the tokens. -> out/.new, from where
-    adopt_tokens moves them. Raises ValueError, OSError."""
-    new = out / ".new"
-    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
-        return new
-    if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
-        raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-    shutil.rmtree(new, ignore_errors=True)  # what a run left that was killed or refused
-    files, tokenizer, texts, clock = text_files(data), load_tokenizer(name), 0, time.perf_counter()
+def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
+    """Writes train.bin and val.bin (uint16), <|endoftext|> after each file. Every tenth file is held out, of fewer than
+    ten the last tenth of the tokens. Raises ValueError, OSError."""
+    files, texts, clock = text_files(data), 0, time.perf_counter()
     end = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
-    with atomic_write(new / "train.bin") as train, atomic_write(new / "val.bin") as val:
+    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
         for i, file in enumerate(files):
             try:
                 text = as_text(file.read_bytes())
@@ -629,44 +615,42 @@ def encode_text(data: str, name: str, out: Path) -> Path:
             train.truncate(2 * (length - length // 10))
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
-    return new
 
 
-def adopt_tokens(folder: Path, tokenizer: str | None, out: Path) -> Path:
-    """Makes a folder's tokens those of `out`: what was encoded into out/.new moves to out/train.bin and out/val.bin,
-    another folder's get these names too; meta.pkl names their tokenizer. Other tokens that lay there stay as
-    train-previous.bin and so on. -> out. Raises OSError."""
-    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
-        return out
-    try:
-        named = own_tokenizer(out) == tokenizer
-    except ValueError:  # a foreign meta.pkl
-        named = False
-    if not named:  # first, and written last: whatever kills this, no tokens lie under another tokenizer's name
-        put_aside(out / "meta.pkl")
-    for name in ("train.bin", "val.bin"):
-        path, target = out / name, (folder / name).resolve()
-        if path.exists() and (path.samefile(target) or filecmp.cmp(path, target, shallow=False)):
-            continue  # it has them
-        if not path.is_symlink():
-            keep_previous(path)
-        path.unlink(missing_ok=True)
-        if folder == out / ".new":
-            os.replace(target, path)
-            continue
-        try:  # a second name of the same file, which stays where another run replaces the first
-            os.link(target, path)
-        except OSError:
-            with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                path.symlink_to(target)
-    if tokenizer is not None and not named:
-        with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
-            pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
-    shutil.rmtree(out / ".new", ignore_errors=True)
+def add_text(data: str, tokenizer: str, out: Path, config: GPTConfig) -> Path:
+    """Encodes text to the tokens of `out`. -> out. Raises ValueError, OSError."""
+    if not dist.is_initialized() or dist.get_rank() == 0:  # the others wait, and find them there
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=out) as temporary:
+            new = Path(temporary)
+            encode_text(data, load_tokenizer(tokenizer), new)
+            open_tokens(new, config)  # too little text is not kept
+            adopt_tokens(new, tokenizer, out, place=os.replace)
     return out
 
 
-def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
+def adopt_tokens(folder: Path, tokenizer: str | None, out: Path, place: Callable = os.link) -> None:
+    """Gives `out` a folder's tokens and, in meta.pkl, their tokenizer's name. One folder, one text: once there, tokens
+    never change, so that they are those of every model beside them. Raises ValueError if `out` has others, OSError."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    for name in ("train.bin", "val.bin"):
+        path, source = out / name, (folder / name).resolve()
+        if not path.exists():
+            path.unlink(missing_ok=True)  # a link to nowhere
+            try:
+                place(source, path)  # a link is a second name of the same file
+            except OSError:
+                with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
+                    path.symlink_to(source)
+        elif not path.samefile(source) and not filecmp.cmp(path, source, shallow=False):
+            raise ValueError(f"{path} holds tokens of another text or tokenizer: choose another --out, or delete it")
+    if tokenizer is not None and own_tokenizer(out) != tokenizer:
+        with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
+            pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
+
+
+def map_tokens(path: Path, config: GPTConfig) -> np.ndarray:
     """A file of uint16 tokens, mapped from disk. Raises ValueError if it is something else, FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
@@ -678,19 +662,22 @@ def map_tokens(path: Path, block_size: int, vocab_size: int) -> np.ndarray:
     if start and as_text(start) is not None:
         raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
     tokens = np.frombuffer(start, dtype=np.uint16)
-    if len(tokens) < block_size + 1:
-        raise ValueError(f"{path.name}: {len(tokens)} tokens are too few for a context of {block_size}: give more text"
-                         " (every tenth file is held out or, of fewer than ten, the last tenth of the tokens)")
+    if len(tokens) <= config.block_size:
+        raise ValueError(
+            f"{path.name}: {len(tokens)} tokens are too few for a context of {config.block_size}: give more text "
+            "(every tenth file is held out or, of fewer than ten, the last tenth of the tokens)"
+        )
     if not tokens[1::2].any():
         raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
-    if tokens.max() >= vocab_size:
-        raise ValueError(f"{path}: token {tokens.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
+    if tokens.max() >= config.vocab_size:
+        V = config.vocab_size
+        raise ValueError(f"{path}: token {tokens.max()} lies outside the vocabulary of {V}: {WRONG_TOKENS}")
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 
-def open_tokens(folder: Path, block_size: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def open_tokens(folder: Path, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens. Raises ValueError or FileNotFoundError."""
-    return tuple(map_tokens(folder / name, block_size, vocab_size) for name in ("train.bin", "val.bin"))
+    return tuple(map_tokens(folder / name, config) for name in ("train.bin", "val.bin"))
 
 
 OTHER_TEXT = "are not what ckpt.pt was trained on: give that text as --data"
