@@ -575,7 +575,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging"
         f" Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
     add("--out", type=as_path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
-    add("--data", help="text or a folder of .bin files, as in train.py (default: those beside the checkpoint)")
+    add("--data", help="a folder of .bin files, as in train.py, or text, which is encoded into OUT/text (default: the"
+        " .bin files beside the checkpoint)")  # fmt: skip
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's or the .bin files' own)")
     add("--eval", action="store_true", help="only measure OUT/d2dmoe.pt, at other --taus for instance: no training")
     add("--export", type=as_path, metavar="FOLDER", help="only write the dense model as a folder for transformers")

@@ -1067,7 +1067,7 @@ def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_n
     assert saved(tmp_path / "out")["config"]["vocab_size"] == 6
     wrong = [{0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
     for message, tables in {
-        "neither names a tokenizer that is known here, nor": [
+        "names no tokenizer that is known here, nor": [
             [], {}, {"tokenizer": "nonsense"}, {"tokenizer": "characters:"}, *({"itos": itos} for itos in wrong)],
         r"names (_?io|builtins).open: only dicts": [evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}],
     }.items():
@@ -1118,10 +1118,12 @@ def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_
     for name in (".hidden", "earlier_run/ckpt.pt", "earlier_run/cost_vs_loss.csv"):
         (folder / name).write_text("x")
     (folder / "missing.txt").symlink_to(tmp_path / "nowhere")
-    (folder / "20.txt").rename(tmp_path / "20.txt")
-    (folder / "linked.txt").symlink_to(tmp_path / "20.txt")
-    for name, target in (("loop", folder), ("up", "..")):  # links to folders are not followed
-        (folder / name).symlink_to(target)
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "20.txt").rename(tmp_path / "elsewhere" / "20.txt")
+    for name in ("linked", "linked again"):  # once
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    (folder / "up").symlink_to("..")  # never
     os.mkfifo(folder / "pipe.txt")  # nobody writes to it: reading would wait for ever
     tokens = encoded(folder, tmp_path / "out")
     assert [len(t) for t in tokens] == [19 * 51, 2 * 51]  # each with its <|endoftext|>
@@ -1161,9 +1163,9 @@ def test_a_folder_of_bins_is_taken_as_it_is_and_linked_beside_the_checkpoint(tmp
         assert all(map(np.array_equal, original, [tokens_of(folder), tokens_of(folder, "val.bin")]))
         run_convert(folder, "--steps", 1, "--taus", 1)
         assert not any(p.is_symlink() for p in folder.iterdir())
-    monkeypatch.setattr(train.adopt_tokens, "__defaults__", (Mock(side_effect=OSError("another file system")),))
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError("another file system")))
     run_train(tmp_path / "e", "--data", c / ".." / "a", "--steps", 1)
-    assert (tmp_path / "e" / "val.bin").is_symlink() and np.array_equal(tokens_of(tmp_path / "e"), original[0])
+    assert np.array_equal(tokens_of(tmp_path / "e"), original[0])
 
 
 def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
@@ -1180,6 +1182,11 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
     for folder in (other, unnamed):
         run_train(folder, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
         assert train.own_tokenizer(folder) == "bytes"
+    for name in ("train.bin", "val.bin", ""):  # a name that is left over is not taken for that of others' tokens
+        line = refused(run_train, other, "--data", write_bins(tmp_path / "more"), "--tokenizer", "gpt2", "--steps", 1)
+        assert "has tokens of another text or tokenizer" in line
+        (other / (name or "meta.pkl")).unlink()
+    run_train(other, "--data", tmp_path / "more", "--tokenizer", "gpt2", "--steps", 1)
 
     write_text(tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
@@ -1765,7 +1772,7 @@ def test_a_hugging_face_model_converts_on_bins_or_text_of_its_tokens(trained, tm
     first = tokens_of(out / "text")
     third = ("--data", write_text(tmp_path / "third.txt", seed=2), "--tokenizer", "bytes")
     assert "do not divide" in refused(run_convert, ckpt, "--out", out, *third, "--num_experts", 7)
-    assert "holds tokens of another text" in refused(run_convert, ckpt, "--out", out, *third)
+    assert "has tokens of another text" in refused(run_convert, ckpt, "--out", out, *third)
     assert np.array_equal(tokens_of(out / "text"), first)
     assert "no checkpoint at" in refused(convert.main, "--ckpt", ckpt, "--eval", "--data", trained)
 
@@ -1942,7 +1949,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: train.py writes"),
-        (train.main, ["--init", "resume", "--out", bare], "nor a folder with train.bin and val.bin: give one as"),
+        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "names no tokenizer: add --tokenizer"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),
@@ -2042,7 +2049,7 @@ def test_changed_text_is_noticed(trained, tmp_path, monkeypatch, capsys):
     write_text(text, seed=1)  # the run has its tokens: neither the folder nor the text's new content matters
     run_train(out, "--init", "resume", "--steps", 11)
     assert "warning" not in capsys.readouterr().out
-    assert "train.bin holds tokens of another text" in refused(run_train, out, "--init", "resume", "--data", text)
+    assert "has tokens of another text" in refused(run_train, out, "--init", "resume", "--data", text)
     for name in ("train.bin", "val.bin"):
         (out / name).unlink()
     run_train(out, "--init", "resume", "--steps", 12, "--data", text)
@@ -2098,7 +2105,10 @@ def test_a_run_never_changes_the_tokens_of_a_folder(trained, tmp_path):
     text, bins = write_text(tmp_path / "other.txt", seed=5), write_bins(tmp_path / "bins")
     for other, more in itertools.product((text, bins), ([], ["--init", trained], ["--init", "resume"])):
         line = refused(run_train, out, "--data", other, "--tokenizer", "bytes", "--steps", 40, *more)
-        assert f"{out}/train.bin holds tokens of another text or tokenizer: choose another --out, or delete it" in line
+        assert f"{out} has tokens of another text or tokenizer: choose another --out, or delete its" in line
+    (out / "train.bin").unlink()
+    refused(run_train, out, "--data", bins, "--tokenizer", "bytes")
+    assert not (out / "train.bin").exists()  # val.bin is another's
     (tmp_path / "short.txt").write_text("short")
     for wrong in (["--data", tmp_path / "short.txt"], ["--data", text, "--n_head", 3], ["--data", bins, "--n_head", 3]):
         refused(run_train, tmp_path / "new", *wrong)

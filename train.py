@@ -30,7 +30,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -541,7 +540,8 @@ def own_tokenizer(folder: Path) -> str | None:
         return "characters:" + "".join(letters)
     except (KeyError, TypeError, IndexError, EOFError, AttributeError, OverflowError, pickle.UnpicklingError):
         raise ValueError(
-            f"{path} neither names a tokenizer that is known here, nor is it a character table of nanoGPT's"
+            f"{path} names no tokenizer that is known here, nor is it a character table of nanoGPT's: move it away, and"
+            " add --tokenizer"
         ) from None
 
 
@@ -552,7 +552,7 @@ def place_of(data: str) -> Path:
 
 def text_files(data: str) -> list[Path]:
     """The files in place_of(data), or that file, sorted; of "stdlib" Python's sources without its tests and without
-    what is installed. Links to folders are not followed. Raises FileNotFoundError or ValueError."""
+    what is installed. Raises FileNotFoundError or ValueError."""
     root, skip = place_of(data), set()
     if data == "stdlib":
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -560,11 +560,13 @@ def text_files(data: str) -> list[Path]:
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     if [path.name for path in root.glob("*.py")] == ["prepare.py"]:  # a data folder of nanoGPT's
         raise ValueError(f"--data {data}: no train.bin there yet: run its prepare.py first")
-    files = [] if root.is_dir() else [root]
-    for folder, subfolders, names in os.walk(root):
-        if {"ckpt.pt", "d2dmoe.pt"} & set(names):  # a run's own folder
+    files, seen = [] if root.is_dir() else [root], set(map(str, root.resolve().parents))
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        # Not a run's own folder; and none a second time or from above, as links can lead there.
+        if {"ckpt.pt", "d2dmoe.pt"} & set(names) or os.path.realpath(folder) in seen:
             subfolders[:], names = [], []
-        subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = sorted(s for s in subfolders if s not in skip and not s.startswith("."))
         names = [n for n in names if not n.startswith(".") and (n.endswith(".py") or data != "stdlib")]
         files += [path for path in (Path(folder, n) for n in names) if path.is_file()]  # no pipes, no dangling links
     return sorted(files)
@@ -619,33 +621,37 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
 
 def add_text(data: str, tokenizer: str, out: Path, config: GPTConfig) -> Path:
     """Encodes text to the tokens of `out`. -> out. Raises ValueError, OSError."""
-    if not dist.is_initialized() or dist.get_rank() == 0:  # the others wait, and find them there
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=out) as temporary:
-            new = Path(temporary)
-            encode_text(data, load_tokenizer(tokenizer), new)
-            open_tokens(new, config)  # too little text is not kept
-            adopt_tokens(new, tokenizer, out, place=os.replace)
+    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
+        return out
+    if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
+        raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
+    new = out / ".new"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    try:
+        encode_text(data, load_tokenizer(tokenizer), new)
+        open_tokens(new, config)  # too little text is not kept
+        adopt_tokens(new, tokenizer, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return out
 
 
-def adopt_tokens(folder: Path, tokenizer: str | None, out: Path, place: Callable = os.link) -> None:
-    """Gives `out` a folder's tokens and, in meta.pkl, their tokenizer's name. One folder, one text: once there, tokens
+def adopt_tokens(folder: Path, tokenizer: str | None, out: Path) -> None:
+    """Gives `out` a folder's tokens, and meta.pkl with their tokenizer's name. One folder, one text: once there, tokens
     never change, so that they are those of every model beside them. Raises ValueError if `out` has others, OSError."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    for name in ("train.bin", "val.bin"):
-        path, source = out / name, (folder / name).resolve()
+    pairs, named = [(folder / name, out / name) for name in ("train.bin", "val.bin")], own_tokenizer(out)
+    held = [pair for pair in pairs if pair[1].exists() and not pair[1].samefile(pair[0])]
+    if named not in (None, tokenizer) or not all(filecmp.cmp(*pair, shallow=False) for pair in held):
+        raise ValueError(
+            f"{out} has tokens of another text or tokenizer: choose another --out, or delete its train.bin, val.bin "
+            "and meta.pkl"
+        )
+    for source, path in pairs:
         if not path.exists():
-            path.unlink(missing_ok=True)  # a link to nowhere
-            try:
-                place(source, path)  # a link is a second name of the same file
-            except OSError:
-                with contextlib.suppress(OSError):  # where links are not to be had, --data must be given again
-                    path.symlink_to(source)
-        elif not path.samefile(source) and not filecmp.cmp(path, source, shallow=False):
-            raise ValueError(f"{path} holds tokens of another text or tokenizer: choose another --out, or delete it")
-    if tokenizer is not None and own_tokenizer(out) != tokenizer:
+            give_name(source, path)
+    if tokenizer is not None and named is None:
         with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
             pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
 
@@ -809,6 +815,14 @@ def claim(folder: Path) -> BinaryIO:
     return lock
 
 
+def give_name(path: Path, name: Path) -> None:
+    """A second name for a file, a copy where the file system has none. Raises OSError."""
+    try:
+        os.link(path.resolve(), name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
 def keep_previous(path: Path) -> None:
     """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on,
     so that writing over it loses nothing, and says so. Raises OSError."""
@@ -817,10 +831,7 @@ def keep_previous(path: Path) -> None:
     number = 1
     while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{number}' if number > 1 else ''}")):
         number += 1
-    try:
-        os.link(path.resolve(), kept)
-    except OSError:  # a file system without hard links, or a link to another one
-        shutil.copyfile(path, kept)
+    give_name(path, kept)
     say(f"the {path.name} that was in {path.parent} stays as {kept}")
 
 
