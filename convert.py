@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, HF_ACTIVATIONS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, build_model,
-    dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
+    GPT, GPT2_SIZES, HF_ACTIVATIONS, HF_FIELDS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, dynamic_k,
+    flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
     OTHER_TEXT, Batches, Parser, add_system_options, add_text, as_path, claim, draw_offsets, evaluate, find_tokens,
@@ -543,11 +543,9 @@ def export_gpt2(model: GPT, folder: Path) -> None:
         if not c.bias and (is_linear or "ln_" in name):  # Hugging Face's layers always have biases
             weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))
     names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}  # for gelu_tanh the first: gelu_new
-    hf = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": names[c.activation],
-        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.d_ff, "n_positions": c.block_size,
-        "vocab_size": c.vocab_size, "layer_norm_epsilon": c.layer_norm_epsilon, "tie_word_embeddings": c.tie_weights,
-    }  # fmt: skip
+    hf = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    hf |= {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()}
+    hf["activation_function"] = names[c.activation]
     with atomic_write(folder / "pytorch_model.bin") as f:
         torch.save(weights, f)
     with atomic_write(folder / "config.json") as f:
@@ -573,7 +571,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     taus = [1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7]
     add = parser.add_argument_group("what to run").add_argument
     add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging"
-        f" Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
+        f" Face's GPT-2, or, downloaded, {', '.join(GPT2_SIZES)}")  # fmt: skip
     add("--out", type=as_path, help="folder for d2dmoe.pt and cost_vs_loss.csv and .png (default: the checkpoint's)")
     add("--data", help="a folder of .bin files, as in train.py, or text, which is encoded into OUT/text (default: the"
         " .bin files beside the checkpoint)")  # fmt: skip
@@ -670,8 +668,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, _ = start_processes(device)
     torch.manual_seed(args.seed)
     with rank_zero_first():
-        checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
-        dense = build_model(checkpoint, args.ckpt).requires_grad_(False)
+        dense, checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
+        dense.requires_grad_(False)
         if dense.config.num_experts or dense.config.projections != "linear":
             raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         if args.export:
@@ -754,13 +752,12 @@ def read_conversion(out: Path, ckpt: str, checksum: int, text: dict) -> tuple[GP
     """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
     `ckpt`, of that checksum, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
     """
-    checkpoint = load_checkpoint(out / "d2dmoe.pt", ("d2dmoe.pt",))
-    moe = build_model(checkpoint, out).requires_grad_(False)
+    moe, checkpoint = load_checkpoint(out / "d2dmoe.pt")
     if checkpoint.get("dense_crc32") != checksum:
         raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: give its own as --ckpt")
     if checkpoint.get("text") not in (None, text):
         say(f"warning: {out}/d2dmoe.pt was converted on another text, which --data can name")
-    return moe, str(checkpoint.get("recipe"))
+    return moe.requires_grad_(False), str(checkpoint.get("recipe"))
 
 
 if __name__ == "__main__":

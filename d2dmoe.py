@@ -543,222 +543,177 @@ def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
 
 
 def read_weights(path: Path) -> dict:
-    """The dict in a file of torch.save or safetensors. Nothing in it is executed. Raises ValueError, OSError."""
-    try:
-        if path.suffix == ".safetensors":
+    """What torch.save or safetensors wrote. Nothing in it is executed. A damaged file can raise nearly anything."""
+    if path.suffix == ".safetensors":
+        try:
             from safetensors.torch import load_file
-
-            return load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
-            with zipfile.ZipFile(path) as archive:
-                # A file that is marked as a folder (0x10) torch.load would not read, and leave its tensor unset.
-                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-                if damaged := archive.testzip() or "".join(folders):
-                    raise ValueError(f"its {damaged} is damaged")
-        with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
-            warnings.simplefilter("ignore")
-            raw = torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
-    except ImportError:
-        raise ValueError(f"{path} needs a package: pip install safetensors") from None
-    except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
-        if isinstance(error, OSError) and error.filename is not None:  # it could not be opened
-            raise
-        if found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
-            raise ValueError(
-                f"{path} holds an object of {found[1]}, and loading objects can run code: save the state dict alone, "
-                "as torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
-            ) from None
-        first_sentence = str(error).partition(". ")[0]  # of torch's; the rest is advice to programmers
-        reason = " ".join(f"{type(error).__name__} {first_sentence}".split())[:150]
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
-    return raw
-
-
-def bare(weights: dict, source: str | Path) -> dict[str, Tensor]:
-    """State dict without the prefixes of torch.compile and DataParallel and without causal masks. Raises ValueError."""
-    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
-    if any("lora_" in k for k in weights):
-        raise ValueError(f"{source} holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-    if others := [k for k, w in weights.items() if not isinstance(w, Tensor)]:
-        raise ValueError(f"{source} is not a checkpoint that is known here: {', '.join(others[:5])} should be tensors")
-    return {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
+        except ImportError:
+            raise ValueError("it needs a package: pip install safetensors") from None
+        return load_file(path)
+    if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save stored
+        with zipfile.ZipFile(path) as archive:
+            # A file that is marked as a folder (0x10) torch.load would not read, and leave its tensor unset.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            if damaged := archive.testzip() or "".join(folders):
+                raise ValueError(f"its {damaged} is damaged")
+    with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
 
 
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
 
-
-def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
-    """Raises ValueError if a field is missing, or one is set that may change the computation in ways unknown here."""
-    if missing := required - given.keys():
-        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}: this format is not known here")
-    if unknown := sorted(str(k) for k, value in given.items() if k not in allowed and value):
-        raise ValueError(f"{what} sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
-
-
-# Of a GPT-2's config.json: activations by our names, and the fields that change the computation, with the only value
-# that is implemented. (What transformers does not read for a GPT-2 changes nothing.)
+# Of a GPT-2's config.json: its names for GPTConfig's fields and for activations, and the fields that change the
+# computation, with the only value that is implemented. (What transformers does not read for a GPT-2 changes nothing.)
+HF_FIELDS = {
+    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "d_ff": "n_inner", "activation": "activation_function",
+    "layer_norm_epsilon": "layer_norm_epsilon", "tie_weights": "tie_word_embeddings",
+}  # fmt: skip
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 HF_FIXED = {
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": {},
-    "add_cross_attention": False, "quantization_config": None, "auto_map": None,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": False,
+    "add_cross_attention": False, "quantization_config": False, "auto_map": False,
 }  # fmt: skip
-GPT2_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}  # by (n_layer, n_embd)
+HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+GPT2_SIZES = {  # n_layer and n_embd of what is published; a head is always 64 wide
+    "gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600),
+    "distilgpt2": (6, 768),
+}  # fmt: skip
 
 
-def from_gpt2(raw: dict, config_json: Path | None, source: str | Path) -> dict:
-    """Our checkpoint for the weights of a Hugging Face GPT-2 and its config.json (None if there is none).
+def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json.
 
-    Weights do not tell n_head, the activation or the epsilon, so without a config.json only the shapes that OpenAI
+    Weights do not tell n_head, the activation or the epsilon, so if there is no config.json only the sizes that OpenAI
     (and distilgpt2) published are accepted. Raises ValueError for whatever is not GPT-2's.
     """
-    hf = None if config_json is None else json.loads(config_json.read_text(encoding="utf-8"))
-    if hf is not None:
-        if hf.get("model_type") != "gpt2":
-            raise ValueError(f"{source} is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
-        sizes = {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}
-        check_fields(hf, sizes, hf.keys(), f"{source}/config.json")
-        # None, False and {} all mean that a field is not set; what is no string may be unhashable, hence the list.
-        wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
-        if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):
-            wrong["activation_function"] = activation
-        if wrong:
-            raise ValueError(f"{source}/config.json sets {wrong}: {NOT_IMPLEMENTED}")
-    sd = {k.removeprefix("transformer."): w for k, w in bare(raw, source).items()}
-    tied = hf is None or hf.get("tie_word_embeddings", True)
-    if tied and "lm_head.weight" in sd:
-        sd.setdefault("wte.weight", sd["lm_head.weight"])  # of two shared tensors safetensors keeps one, maybe this one
-    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= sd.keys() or sd["wte.weight"].dim() != 2:
-        raise ValueError(f"{source} does not hold a GPT-2: it has {', '.join(list(sd)[:3])}")
+    hf = json.loads(config_json.read_text(encoding="utf-8")) if config_json.is_file() else None
+    if hf is not None and hf.get("model_type") != "gpt2":
+        raise ValueError(f"it is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
+    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
+    if "h.0.attn.c_attn.weight" not in weights:
+        raise ValueError(f"it does not hold a GPT-2: it has {', '.join(list(weights)[:3])}")
     if hf is None:
-        (V, d), positions = sd["wte.weight"].shape, len(sd["wpe.weight"])
-        n_layer = len({k.split(".")[1] for k in sd if k.startswith("h.")})
-        if (n_layer, d) not in GPT2_HEADS or (V, positions) != (50257, 1024):
+        n_layer = len({k.split(".")[1] for k in weights if k.startswith("h.")})
+        (V, d), positions = weights["wte.weight"].shape, len(weights["wpe.weight"])
+        if (n_layer, d) not in GPT2_SIZES.values() or (V, positions) != (50257, 1024):
             raise ValueError(
-                f"{source} holds weights alone, which tell neither n_head nor the activation: give the folder that "
+                "it holds weights alone, which tell neither n_head nor the activation: give the folder that "
                 "save_pretrained wrote, with its config.json, or nanoGPT's checkpoint with its model_args"
             )
-        hf = dict(n_layer=n_layer, n_head=GPT2_HEADS[n_layer, d], n_embd=d, n_positions=positions, vocab_size=V)
-    weights = {}
-    for k, w in sd.items():
-        conv1d = k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
-        weights[k if k == "lm_head.weight" else f"transformer.{k}"] = w.t().contiguous() if conv1d else w
-    if tied:  # build_model compares the two
-        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
-    config = dict(
-        block_size=hf["n_positions"],
-        vocab_size=hf["vocab_size"],
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        n_embd=hf["n_embd"],
-        d_ff=hf.get("n_inner") or 0,
-        activation=HF_ACTIVATIONS[hf.get("activation_function", "gelu_new")],
-        layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-        tie_weights=tied,
-        penalty="none",
-    )
-    return {"model": weights, "config": config, "tokenizer": "gpt2" if hf["vocab_size"] == 50257 else None}
+        hf = dict(n_layer=n_layer, n_head=d // 64, n_embd=d, n_positions=positions, vocab_size=V)
+    if wrong := {k: hf[k] for k, value in HF_FIXED.items() if bool(hf.get(k, value)) != value}:
+        raise ValueError(f"its config.json sets {wrong}: {NOT_IMPLEMENTED}")
+    given = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
+    config = dict(activation="gelu_new", bias=True, penalty="none", tie_weights=True) | given
+    config["activation"] = HF_ACTIVATIONS.get(config["activation"], config["activation"])
+    if config["tie_weights"] and "lm_head.weight" in weights:
+        weights.setdefault("wte.weight", weights["lm_head.weight"])  # of the tied two a file may hold either
+    for k, w in weights.items():
+        if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weights[k] = w.t().contiguous()  # stored as [in, out]
+    return {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in weights.items()}, config
 
 
-def recognise(raw: dict, config_json: Path | None, source: str | Path) -> dict:
-    """A loaded file in our format; its own fields tell what it is. config_json: the file of that name beside it, or
-    None. Raises ValueError with the reason and the next step."""
-    fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
-        given = raw["model_args"]
-        check_fields(given, sizes, sizes | {"bias", "dropout"}, f"{source}, nanoGPT's, in its model_args")
-        weights = bare(raw["model"], source)
-        wte = weights["transformer.wte.weight"]
-        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
-        config = {"activation": "gelu", "bias": "transformer.ln_f.bias" in weights, "tie_weights": tied}
-        config |= {k: v for k, v in given.items() if k in fields}
-        tokenizer = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
-        return {"model": weights, "config": config, "tokenizer": tokenizer}
-    if isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
-        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
-        own = sizes | {"bias", "activation", "penalty"}
-        check_fields(raw["config"], own, fields | earlier, f"{source}, in its config,")
-        if raw["config"].get("num_experts") and raw["config"].keys() & earlier:
-            raise ValueError(f"{source} was converted by an earlier version: run convert.py again")
-        if not isinstance(raw.get("tokenizer"), str | None):
-            raise ValueError(f"{source} names no tokenizer: it has {raw['tokenizer']!r:.100}")
-        return raw | {"config": {k: v for k, v in raw["config"].items() if k in fields}}
-    for key in ("state_dict", "model_state_dict", "model"):
+def recognise(raw: dict, config_json: Path) -> tuple[dict[str, Tensor], GPTConfig, dict]:
+    """Weights, config and whatever else a loaded file holds; its own fields tell whose it is. config_json: the file of
+    that name beside it, which only GPT-2's need. Raises ValueError with the reason and the next step."""
+    weights, rest = raw, {}
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(raw.get(key), dict):
-            return recognise(raw[key], config_json, source)
-    return from_gpt2(raw, config_json, source)
+            weights, rest = raw[key], {k: v for k, v in raw.items() if k != key}
+    # Without the prefixes of torch.compile and DataParallel, and without causal masks
+    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
+    weights = {k: w for k, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", k)}
+    if any("lora_" in k for k in weights):
+        raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
+    if isinstance(rest.get("model_args"), dict):  # nanoGPT
+        tied = torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+        defaults = dict(activation="gelu", bias=True, penalty="none", tie_weights=tied)
+        config, rest = defaults | rest["model_args"] | {"dropout": None}, {}
+    elif isinstance(rest.get("config"), dict):  # ours
+        config = rest.pop("config")
+    else:
+        weights, config = from_gpt2(weights, config_json)
+    required = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "penalty"}
+    if missing := required - config.keys():
+        raise ValueError(f"its config lacks {', '.join(sorted(missing))}: this format is not known here")
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    earlier = {"router_target": "norm"}  # of an earlier version
+    if unknown := [k for k, value in config.items() if k not in fields and value and (k, value) not in earlier.items()]:
+        raise ValueError(f"its config sets {', '.join(sorted(unknown))}: {NOT_IMPLEMENTED}")
+    rest.setdefault("tokenizer", "gpt2" if config["vocab_size"] in (50257, 50304) else None)  # nanoGPT pads to 50304
+    if not isinstance(rest["tokenizer"], str | None):
+        raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
+    return weights, GPTConfig(**{k: v for k, v in config.items() if k in fields}), rest
 
 
-GPT2_REPOS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-GPT2_REPOS["distilgpt2"] = "distilbert/distilgpt2"
-HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+def build_model(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
+    """The model, in eval mode. Raises ValueError or RuntimeError where sizes and weights do not fit."""
+    blocks = {k.split(".")[2] for k in weights if k.startswith("transformer.h.")}
+    if len(blocks) != config.n_layer:  # before a wrong n_layer builds a million of them
+        raise ValueError(f"it has weights of {len(blocks)} blocks for n_layer {config.n_layer}")
+    if config.tie_weights:
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+    with torch.device("meta"):  # no memory before the shapes are known to fit
+        model = GPT(config)
+    model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
+    if not all(w.isfinite().all() for w in model.state_dict().values()):
+        raise ValueError("it has weights that are not finite")
+    if config.tie_weights:
+        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+            raise ValueError("its lm_head is tied to wte, but their weights differ")
+        model.lm_head.weight = model.transformer.wte.weight  # assign untied them
+    return model.eval()
 
 
-def download(name: str) -> dict:
-    """The weights of one of GPT2_REPOS, kept in torch.hub's cache. Raises OSError."""
-    url = f"https://huggingface.co/{GPT2_REPOS[name]}/resolve/main/pytorch_model.bin"
-    try:  # file_name: all repositories call their file pytorch_model.bin
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name}.bin", weights_only=True)
-    except Exception as error:  # whatever the network, a proxy or a full disk raise
-        raise OSError(f"cannot load {url} ({error}): connect to the internet, or give the path of a copy") from None
-
-
-def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "ckpt.pt")) -> dict:
-    """A checkpoint in our own format, {"model": weights, "config": fields of GPTConfig, ...}, whatever the source's is:
+def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "ckpt.pt")) -> tuple[GPT, dict]:
+    """The model in `source`, in eval mode, float32, on the CPU, and what else was saved with it ("tokenizer", None if
+    it is unknown; "step", ...). A source is
 
     a folder with one of `names`, ours or nanoGPT's, or such a file; a folder that Hugging Face's save_pretrained wrote;
     a file with GPT-2's weights; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, whose weights are downloaded.
-    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly, OSError.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly.
     """
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        known = (*names, *HF_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")  # PEFT's, which bare() refuses
+        known = (*names, *HF_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")  # PEFT's: recognise tells
         path = next((path / name for name in known if (path / name).exists()), path / names[-1])
-    if not path.is_file():  # nor a pipe, which would be waited for
-        if str(source) in GPT2_REPOS:  # a folder of that name, without a model, may be a run's own --out
-            return from_gpt2(download(str(source)), None, source)
+    if not path.is_file() and str(source) in GPT2_SIZES:
+        path = Path(torch.hub.get_dir(), "checkpoints", f"{source}.bin")
+    elif not path.is_file():  # nor a pipe, which would be waited for
         raise FileNotFoundError(
             f"no checkpoint at {path}: train.py writes ckpt.pt, and convert.py makes d2dmoe.pt of it; run them first, "
-            f"or check the path (by name: {', '.join(GPT2_REPOS)})"
+            f"or check the path (by name: {', '.join(GPT2_SIZES)})"
         )
-    files, config_json = [path], path.with_name("config.json")
     try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            url = f"https://huggingface.co/{source}/resolve/main/pytorch_model.bin"
+            torch.hub.download_url_to_file(url, str(path))
+        files = [path]
         if path.name.endswith(".index.json"):  # of a model in several files
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
-        return recognise(raw, config_json if config_json.is_file() else None, source)
-    except (AttributeError, LookupError, TypeError, RuntimeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not a checkpoint that is known here ({type(error).__name__}: {error})") from None
-
-
-def build_model(checkpoint: dict, source: str | Path) -> GPT:
-    """The model of a checkpoint in our format, in eval mode. Raises ValueError where sizes and weights do not fit."""
-    weights = bare(checkpoint["model"], source)
-    try:
-        config = GPTConfig(**checkpoint["config"])
-        blocks = {k.split(".")[2] for k in weights if k.startswith("transformer.h.")}
-        if len(blocks) != config.n_layer:  # before a wrong n_layer builds a million of them
-            raise ValueError(f"weights of {len(blocks)} blocks for n_layer {config.n_layer}")
-        with torch.device("meta"):  # no memory before the shapes are known to fit
-            model = GPT(config)
-        model.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
-        if not all(w.isfinite().all() for w in model.state_dict().values()):
-            raise ValueError("it has weights that are not finite")
-        if config.tie_weights:
-            if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-                raise ValueError("its lm_head is tied to wte, but their weights differ")
-            model.lm_head.weight = model.transformer.wte.weight  # assign untied them
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source} cannot be computed: {reason}") from None
-    return model.eval()
+        weights, config, rest = recognise(raw, path.with_name("config.json"))
+        return build_model(weights, config), rest
+    except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
+        reason = " ".join(str(error).split()).partition(". ")[0][:300]  # PyTorch's first sentence
+        if found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
+            reason = (
+                f"it holds an object of {found[1]}, and loading objects can run code: save the state dict alone, as "
+                "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
+            )
+        elif not isinstance(error, ValueError | OSError):
+            reason = f"it is damaged, or nothing that is known here ({type(error).__name__}: {reason})"
+        raise ValueError(f"{source} cannot be loaded: {reason}") from error
 
 
 def load_model(source: str | Path) -> GPT:
     """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised:
     load_checkpoint. A folder's d2dmoe.pt comes before its ckpt.pt. Call the model under torch.no_grad(): with gradients
     all experts are computed, and those not executed are masked."""
-    return build_model(load_checkpoint(source), source)
+    model, _ = load_checkpoint(source)
+    return model

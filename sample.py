@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2dmoe import GPT, Gate, atomic_write, build_model, dynamic_k, flops_per_token, generate, load_checkpoint
+from d2dmoe import GPT, Gate, atomic_write, dynamic_k, flops_per_token, generate, load_checkpoint
 from train import (
     Parser, add_system_options, as_path, encode, load_tokenizer, number, pick_device, printable, run, vocabulary,
 )  # fmt: skip
@@ -97,9 +97,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device)
-    config, name = model.config, checkpoint.get("tokenizer")
+    model, saved = load_checkpoint(args.ckpt)
+    config, name = model.to(device).config, saved["tokenizer"]
     if name is None or vocabulary(name) > config.vocab_size:
         raise ValueError(f"{args.ckpt} names no tokenizer: convert it with --tokenizer")
     tokenizer = load_tokenizer(name)

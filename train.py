@@ -46,8 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_REPOS, PENALTIES, Gate, GPTConfig, atomic_write, build_model, load_checkpoint, save_checkpoint,
-    square_hoyer,
+    GPT, GPT2_SIZES, PENALTIES, Gate, GPTConfig, atomic_write, load_checkpoint, save_checkpoint, square_hoyer,
 )  # fmt: skip
 from kernels import ACTIVATIONS
 
@@ -131,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
     add("--tokenizer", choices=("bytes", "gpt2"), help="(default: the checkpoint's, the .bin files' own, or bytes)")
     add("--init", default="scratch", help="scratch, resume, or weights to start from: a checkpoint of ours or"
-        f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_REPOS)}")  # fmt: skip
+        f" nanoGPT's, a folder of Hugging Face's GPT-2, or, downloaded, {', '.join(GPT2_SIZES)}")  # fmt: skip
     add("--out", type=as_path, default=Path("out"), help="folder for train.bin, val.bin and ckpt.pt")
     add("--preset", choices=PRESETS, default="default", help="gpt2: as the authors fine-tune it, but for dropout")
     add = parser.add_argument_group("model (decided by the checkpoint where there is one)").add_argument
@@ -169,7 +168,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.init == "resume":
         if settings:
             raise ValueError("--init resume goes on with the run's own settings: leave --preset out")
-        words = load_checkpoint(args.out / "ckpt.pt", ("ckpt.pt",)).get("arguments")
+        words = load_checkpoint(args.out / "ckpt.pt", ("ckpt.pt",))[1].get("arguments")
         if not isinstance(words, list) or not all(isinstance(w, str) and re.match("--(?!help)", w) for w in words):
             where = f"{args.out}/ckpt.pt"
             raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
@@ -325,8 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     data = args.data or (f"{args.out}/" if resuming else "stdlib")  # the slash: even if the folder is named stdlib
     with rank_zero_first():
         lock = claim(args.out) if rank == 0 else None  # noqa: F841  it keeps --out to this run
-        checkpoint = {} if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
-        base = build_model(checkpoint, source) if checkpoint else None
+        base, checkpoint = (None, {}) if args.init == "scratch" else load_checkpoint(source, ("ckpt.pt",))
         folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
         model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
         config = model.config
