@@ -368,7 +368,7 @@ def relative_flops(config: GPTConfig, counts: list[float] | None) -> float:
 
 
 @torch.no_grad()
-def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate | None, turns: int = 5) -> float:
+def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate, turns: int = 5) -> float:
     """Seconds of the converted model for a batch of windows over the dense model's, in turns; ratio of medians."""
     x, _ = next(held_out(dense, tokens, EVAL_BATCH))
     seconds = ([], [])

@@ -48,7 +48,7 @@ try:
 except ImportError as error:  # PyPI has a package of that name, too
     raise ImportError(f"{error}: put the folder of d2dmoe.py and kernels.py first on sys.path, and restart") from error
 
-Gate = Callable[[Tensor], Tensor]  # norms [N, E] -> executed [N, E] bool
+Gate = Callable[[Tensor], Tensor] | None  # norms [N, E] -> executed [N, E] bool; None: all run, no router is asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(d, d_ff, bias=bias)
         self.c_proj = Linear(d_ff, d, bias=bias)
 
-    def forward(self, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, gate: Gate = None) -> tuple[Tensor, Tensor]:
         """x [..., d] -> y [..., d], penalty (a scalar; nan in eval mode, where it is not computed). There is nothing to
         gate: the argument is there because a DynamicKMoE can stand in the same place."""
         z = self.c_fc(x)  # [..., d_ff]
@@ -208,8 +208,8 @@ class DynamicKMoE(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(d))  # [d], not per expert: it is added once
         self.router = router
 
-    def forward(self, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool. Without a gate all run and no router is asked."""
+    def forward(self, x: Tensor, gate: Gate = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool"""
         (B, T, d), E = x.shape, len(self.w1)
         x = x.reshape(B * T, d)  # [N, d]
         executed = None if gate is None else gate(self.router(x))  # [N, E]
@@ -332,10 +332,8 @@ class CausalSelfAttention(nn.Module):
     def layers(self) -> list[nn.Module]:
         return [] if self.is_linear else [self.q, self.k, self.v, self.o]
 
-    def forward(
-        self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, d] -> y [B, T, d], and aux of layers()"""
+    def forward(self, x: Tensor, gate: Gate = None, cache: KVCache | None = None, inputs: list | None = None) -> tuple:
+        """x [B, T, d] -> y [B, T, d], and aux of layers(), a list"""
         if self.is_linear:
             q, k, v = self.c_attn(x).split(x.shape[-1], dim=-1)  # [B, T, 3d] -> three of [B, T, d]
             return self.c_proj(self.attend(q, k, v, cache)), []
@@ -375,9 +373,7 @@ class Block(nn.Module):
             router = MoEficationRouter(d, width, E) if moefication else Router(d, width, E, config.router_power)
             self.mlp = DynamicKMoE(d, config.d_ff, E, config.activation, router)
 
-    def forward(
-        self, x: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, gate: Gate = None, cache: KVCache | None = None, inputs: list | None = None) -> tuple:
         """x [B, T, d] -> x [B, T, d], and aux of attn.layers() and of mlp"""
         y, aux = self.attn(self.ln_1(x), gate, cache, inputs)
         x = x + y
@@ -418,9 +414,7 @@ class GPT(nn.Module):
         """Every MLP or DynamicKMoE, block by block: q, k, v and o where the projections are not linear, then mlp."""
         return [layer for block in self.transformer.h for layer in (*block.attn.layers(), block.mlp)]
 
-    def hidden(
-        self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, inputs: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def hidden(self, idx: Tensor, gate: Gate = None, cache: KVCache | None = None, inputs: list | None = None) -> tuple:
         """idx [B, T] -> the states before the LM head [B, T, d], and aux, for each of layers() its second value: an
         MLP's penalty (scalar), a DynamicKMoE's executed experts [B, T, E] bool.
 
@@ -440,9 +434,7 @@ class GPT(nn.Module):
             cache.length += T
         return self.transformer.ln_f(x), aux
 
-    def forward(
-        self, idx: Tensor, gate: Gate | None = None, cache: KVCache | None = None, last_only: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, idx: Tensor, gate: Gate = None, cache: KVCache | None = None, last_only: bool = False) -> tuple:
         """idx [B, T] -> logits [B, T, V] ([B, 1, V] with last_only), and aux"""
         x, aux = self.hidden(idx, gate, cache)
         return self.lm_head(x[:, -1:] if last_only else x), aux
@@ -450,7 +442,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def generate(
-    model: GPT, idx: Tensor, max_new_tokens: int, gate: Gate | None = None, temperature: float = 1.0,
+    model: GPT, idx: Tensor, max_new_tokens: int, gate: Gate = None, temperature: float = 1.0,
     top_k_tokens: int | None = None, generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:  # fmt: skip
     """Continues idx [B, T]; yields each new token [B, 1] with the experts that predicting it executed, [B, 1, E] bool

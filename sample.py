@@ -37,7 +37,7 @@ def shade(text: str, share: float, shares: list[float]) -> str:
     return f"\x1b[48;5;{SHADES[round(level * (len(SHADES) - 1))]}m\x1b[38;5;16m{text}\x1b[0m"
 
 
-def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate | None], tokens: int, turns: int = 3) -> list[float]:
+def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate], tokens: int, turns: int = 3) -> list[float]:
     """Decoding speed after the prompt idx [1, T] under each gate: in turns, medians, without each turn's first two
     tokens (the first includes the prompt, and a GPU compiles its kernels in both)."""
     speeds = [[] for _ in gates]

@@ -258,7 +258,7 @@ def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16)
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate | None = None
+    model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16, gate: Gate = None
 ) -> tuple[float, list[Tensor]]:
     """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the
     number of experts that every token executed, [windows * T] (no entries for a dense model). Raises ValueError."""
