@@ -16,8 +16,7 @@ What differs from nanoGPT's model.py:
 - aux lists these second values: one tensor for each of layers().
 - The model takes a gate, which turns the routers' predicted norms into that mask: partial(dynamic_k, tau=0.9).
 - The four attention projections may be MLPs or experts too.
-- generate is a function that yields tokens. It keeps keys and values, so that each token is computed once while the
-  text fits into block_size.
+- generate is a function that yields tokens. It keeps keys and values.
 
 Shapes: B batch, T sequence, N = B*T tokens, d = n_embd, nh = n_head heads of hs = d / nh, d_ff neurons, E experts of
 h = d_ff / E neurons, V vocabulary. n_layer counts blocks, as in nanoGPT; layers() lists what can become experts: of
@@ -449,8 +448,7 @@ def generate(
     for each of model.layers() (an empty list if the model is dense).
 
     temperature 0 (below 0.001) takes the likeliest token; top_k_tokens samples among the likeliest. Up to block_size
-    tokens the cache serves. After that the window slides, all positions change, and the whole window is recomputed for
-    each token.
+    tokens the cache serves; after that all positions change, and the whole window is recomputed for each token.
     Raises ValueError, when the first token is asked for, on an empty prompt, a negative temperature, top_k_tokens < 1.
     """
     if idx.shape[1] == 0:
@@ -517,9 +515,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if isinstance(error, OSError) and error.errno is None:  # raised for another file, with its own message
-            raise
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        cause = error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
     finally:
@@ -528,8 +524,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
-    """Weights, config and `rest` (plain numbers, strings, tensors, lists and dicts of them) in one file, atomically.
-    Raises OSError."""
+    """Weights, config and `rest` (plain values, tensors, lists and dicts of them) in one file. Raises OSError."""
     with atomic_write(Path(path)) as f:
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
 
@@ -575,11 +570,8 @@ GPT2_SIZES = {  # n_layer and n_embd of what is published; a head is always 64 w
 
 
 def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json.
-
-    Weights do not tell n_head, the activation or the epsilon, so if there is no config.json only the sizes that OpenAI
-    (and distilgpt2) published are accepted. Raises ValueError for whatever is not GPT-2's.
-    """
+    """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json. Weights alone do
+    not tell n_head, the activation or the epsilon: then only GPT2_SIZES are accepted. Raises ValueError."""
     hf = json.loads(config_json.read_text(encoding="utf-8")) if config_json.is_file() else None
     if hf is not None and hf.get("model_type") != "gpt2":
         raise ValueError(f"it is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
@@ -611,19 +603,18 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, 
 def recognise(raw: dict, config_json: Path) -> tuple[dict[str, Tensor], GPTConfig, dict]:
     """Weights, config and whatever else a loaded file holds; its own fields tell whose it is. config_json: the file of
     that name beside it, which only GPT-2's need. Raises ValueError with the reason and the next step."""
-    weights, rest = raw, {}
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(raw.get(key), dict):
-            weights, rest = raw[key], {k: v for k, v in raw.items() if k != key}
+    key = next((key for key in ("model", "state_dict", "model_state_dict") if isinstance(raw.get(key), dict)), None)
+    weights, rest = (raw[key], {k: v for k, v in raw.items() if k != key}) if key else (raw, {})
     # Without the prefixes of torch.compile and DataParallel, and without causal masks
     weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
-    weights = {k: w for k, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", k)}
+    weights = {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
     if any("lora_" in k for k in weights):
         raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
     if isinstance(rest.get("model_args"), dict):  # nanoGPT
-        tied = torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
-        defaults = dict(activation="gelu", bias=True, penalty="none", tie_weights=tied)
-        config, rest = defaults | rest["model_args"] | {"dropout": None}, {}
+        wte, with_bias = weights["transformer.wte.weight"], "transformer.ln_f.bias" in weights
+        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
+        defaults = dict(activation="gelu", bias=with_bias, penalty="none", tie_weights=tied)
+        config, rest = defaults | rest["model_args"] | {"dropout": None}, {}  # dropout changes nothing here
     elif isinstance(rest.get("config"), dict):  # ours
         config = rest.pop("config")
     else:
@@ -632,9 +623,11 @@ def recognise(raw: dict, config_json: Path) -> tuple[dict[str, Tensor], GPTConfi
     if missing := required - config.keys():
         raise ValueError(f"its config lacks {', '.join(sorted(missing))}: this format is not known here")
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    earlier = {"router_target": "norm"}  # of an earlier version
-    if unknown := [k for k, value in config.items() if k not in fields and value and (k, value) not in earlier.items()]:
-        raise ValueError(f"its config sets {', '.join(sorted(unknown))}: {NOT_IMPLEMENTED}")
+    earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
+    if config.get("num_experts") and earlier & config.keys():
+        raise ValueError("it was converted by an earlier version: run convert.py again")
+    if unknown := sorted(str(k) for k, value in config.items() if k not in fields | earlier and value):
+        raise ValueError(f"its config sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
     rest.setdefault("tokenizer", "gpt2" if config["vocab_size"] in (50257, 50304) else None)  # nanoGPT pads to 50304
     if not isinstance(rest["tokenizer"], str | None):
         raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
@@ -662,12 +655,9 @@ def build_model(weights: dict[str, Tensor], config: GPTConfig) -> GPT:
 
 def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "ckpt.pt")) -> tuple[GPT, dict]:
     """The model in `source`, in eval mode, float32, on the CPU, and what else was saved with it ("tokenizer", None if
-    it is unknown; "step", ...). A source is
-
-    a folder with one of `names`, ours or nanoGPT's, or such a file; a folder that Hugging Face's save_pretrained wrote;
-    a file with GPT-2's weights; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, whose weights are downloaded.
-    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly.
-    """
+    it is unknown; "step", ...). A source is a folder with one of `names`, ours or nanoGPT's, or such a file; a folder
+    that Hugging Face's save_pretrained wrote; a file with GPT-2's weights; or one of GPT2_SIZES, to be downloaded.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be computed exactly."""
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         known = (*names, *HF_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")  # PEFT's: recognise tells
@@ -682,7 +672,8 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            url = f"https://huggingface.co/{source}/resolve/main/pytorch_model.bin"
+            owner = "distilbert" if source == "distilgpt2" else "openai-community"
+            url = f"https://huggingface.co/{owner}/{source}/resolve/main/pytorch_model.bin"
             torch.hub.download_url_to_file(url, str(path))
         files = [path]
         if path.name.endswith(".index.json"):  # of a model in several files
@@ -693,7 +684,9 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
         return build_model(weights, config), rest
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
         reason = " ".join(str(error).split()).partition(". ")[0][:300]  # PyTorch's first sentence
-        if found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
+        if not path.exists():
+            reason = f"{reason}: connect to the internet, or give the path of a copy"
+        elif found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
             reason = (
                 f"it holds an object of {found[1]}, and loading objects can run code: save the state dict alone, as "
                 "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
@@ -704,8 +697,6 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
 
 
 def load_model(source: str | Path) -> GPT:
-    """The model in `source`, in eval mode, float32, on the CPU. What a source can be and what is raised:
-    load_checkpoint. A folder's d2dmoe.pt comes before its ckpt.pt. Call the model under torch.no_grad(): with gradients
-    all experts are computed, and those not executed are masked."""
-    model, _ = load_checkpoint(source)
-    return model
+    """The model of load_checkpoint(source); a folder's d2dmoe.pt comes before its ckpt.pt. Call it under
+    torch.no_grad(): with gradients all experts are computed, and those not executed are masked."""
+    return load_checkpoint(source)[0]
