@@ -380,16 +380,13 @@ def _triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if N <= DECODE_TOKENS:
             a = x.new_empty(N, E * h)
-            blocks = dict(BLOCK_E=max(16, triton.next_power_of_2(E)), BLOCK_N=DECODE_TOKENS)
-            first, second = config["first"] | blocks, config["second"] | blocks
-            _decode_first[triton.cdiv(h, first["BLOCK_H"]), E](
-                x, w1, b1, executed, a, N, d, E, h, ACTIVATION=activation, PRECISION=precision, **first
-            )
-            _decode_second[(triton.cdiv(d, second["BLOCK_D"]),)](
-                a, w2, executed, y, N, d, E, h, PRECISION=precision, **second
-            )
+            common = dict(PRECISION=precision, BLOCK_E=max(16, triton.next_power_of_2(E)), BLOCK_N=DECODE_TOKENS)
+            first, second = config["first"] | common, config["second"] | common
+            grid = triton.cdiv(h, first["BLOCK_H"]), E
+            _decode_first[grid](x, w1, b1, executed, a, N, d, E, h, ACTIVATION=activation, **first)
+            _decode_second[(triton.cdiv(d, second["BLOCK_D"]),)](a, w2, executed, y, N, d, E, h, **second)
             return y
-        config = config["experts"]
+        config = config["experts"] | dict(ACTIVATION=activation, PRECISION=precision)
         S = triton.cdiv(h, config["BLOCK_H"])  # slices of an expert's neurons
         size = max(1, min(N, 8192, PARTIAL_BYTES // (E * S * d * x.element_size())))  # tokens at a time
         tokens = torch.empty(E, size, dtype=torch.int32, device=x.device)
@@ -398,10 +395,8 @@ def _triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
         for x_, executed_, y_ in zip(x.split(size), executed.split(size), y.split(size)):
             n = len(x_)
             _group_tokens[(E,)](executed_, tokens, counts, n, E, BLOCK=triton.next_power_of_2(size), num_warps=8)
-            _prefill_experts[E, triton.cdiv(n, config["BLOCK_N"]), S](
-                x_, w1, b1, w2, tokens, counts, partial,
-                n, d, E, h, ACTIVATION=activation, PRECISION=precision, **config,
-            )  # fmt: skip
+            grid = E, triton.cdiv(n, config["BLOCK_N"]), S
+            _prefill_experts[grid](x_, w1, b1, w2, tokens, counts, partial, n, d, E, h, **config)
             block = min(1024, triton.next_power_of_2(d))
             _prefill_sum[n, triton.cdiv(d, block)](partial, executed_, y_, d, E, S, BLOCK_D=block, num_warps=4)
     return y
@@ -483,22 +478,19 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def check(device: str) -> None:
     """Every path of this device against float64 on odd shapes; prints the largest errors, raises if one is too big."""
-    paths = {"masked_ffn": masked_ffn, "dense_ffn": dense_ffn, "grouped_ffn": grouped_ffn, "expert_ffn": expert_ffn}
-    paths |= {"sampled_ffn": sampled_ffn} if device == "cpu" else {"triton_ffn": triton_ffn}
-    worst = {}
-    for dtype, activation in itertools.product([torch.float32] if device == "cpu" else TOLERANCE, ACTIVATIONS):
-        for N, d, E, h in ((0, 64, 4, 16), (1, 64, 1, 48), (1, 768, 48, 64), (17, 100, 5, 24), (300, 256, 8, 100)):
-            layer = random_layer(N, d, E, h, dtype, device)
-            for share, (name, path) in itertools.product((0.0, 0.3, 1.0), paths.items()):
-                executed = torch.rand(N, E, device=device) < share
-                y64 = masked_ffn(*(t.double() for t in layer), executed, activation)
-                difference = path(*layer, executed, activation).double() - y64
-                error = (difference.norm() / y64.norm().clamp(min=1e-30)).item()
-                if not error <= TOLERANCE[dtype]:  # nan too
-                    raise ArithmeticError(f"{name} is wrong in {dtype}: relative error {error:.1e}")
-                worst[name, dtype] = max(worst.get((name, dtype), 0.0), error)
-    for (name, dtype), error in worst.items():
-        print(f"check {name:11} {str(dtype).removeprefix('torch.'):9} largest relative error {error:.1e}")
+    paths = [masked_ffn, dense_ffn, grouped_ffn, expert_ffn, sampled_ffn if device == "cpu" else triton_ffn]
+    shapes = ((0, 64, 4, 16), (1, 64, 1, 48), (1, 768, 48, 64), (17, 100, 5, 24), (300, 256, 8, 100))
+    for path, dtype in itertools.product(paths, [torch.float32] if device == "cpu" else TOLERANCE):
+        worst = 0.0
+        for activation, (N, d, E, h), share in itertools.product(ACTIVATIONS, shapes, (0.0, 0.3, 1.0)):
+            layer, executed = random_layer(N, d, E, h, dtype, device), torch.rand(N, E, device=device) < share
+            y64 = masked_ffn(*(t.double() for t in layer), executed, activation)
+            difference = path(*layer, executed, activation).double() - y64
+            error = (difference.norm() / y64.norm().clamp(min=1e-30)).item()
+            if not error <= TOLERANCE[dtype]:  # nan too
+                raise ArithmeticError(f"{path.__name__} is wrong in {dtype}: relative error {error:.1e}")
+            worst = max(worst, error)
+        print(f"check {path.__name__:11} {dtype} largest relative error {worst:.1e}")
 
 
 def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]:
