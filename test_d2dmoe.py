@@ -1095,8 +1095,7 @@ def test_cutting_text_into_pieces_does_not_change_its_tokens():
         assert "".join(pieces) == text
         assert sum((tokenizer.encode_ordinary(p) for p in pieces), []) == tokenizer.encode_ordinary(text)
     assert cuts > 200 and list(train.pieces("")) == []
-    pieces = list(train.pieces("x" * 5000, size=10))  # nowhere to cut, and still no piece is long
-    assert "".join(pieces) == "x" * 5000 and max(map(len, pieces)) <= 20
+    assert list(train.pieces("x" * 5000, size=10)) == ["x" * 5000]  # nowhere to cut
 
 
 NOT_TEXT = [

@@ -579,10 +579,8 @@ def as_text(content: bytes) -> str | None:
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cut before a newline that a word follows, where GPT-2's tokenizer splits anyway: the tokens do not change. (If
-    there is none in a megabyte, it is cut all the same.)"""
-    for piece in re.finditer(rf"(?s).{{1,{size}}}(?:.{{0,{size}}}?(?=\n\S|\Z)|.{{0,{size}}})", text):
-        yield piece[0]
+    """Cut between a word and the space or newline after it, where GPT-2 splits anyway: the tokens do not change."""
+    return (piece[0] for piece in re.finditer(rf"(?s).{{1,{size}}}(?:.*?\S(?=[ \n])|.*)", text))
 
 
 def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
