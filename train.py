@@ -702,19 +702,13 @@ def find_tokens(
     if len(told) > 1:
         names = " and ".join(sorted(repr(name[:20]) for name in told))
         raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {names}")
-    tokenizer = told.pop() if told else None
-    if encoded:
-        if tokenizer is None and model is None:
-            raise ValueError(f"--data {data} does not say which tokenizer made it: add --tokenizer gpt2 or bytes")
-        return folder, tokenizer
-    if model is None:
-        return None, tokenizer or "bytes"
-    if tokenizer is None:
-        raise ValueError("the checkpoint names no tokenizer: add --tokenizer, or --data with its .bin files")
-    if vocabulary(tokenizer) > model.config.vocab_size:
+    [tokenizer] = told or {None if encoded or model else "bytes"}
+    if tokenizer is None and not (encoded and model):
+        raise ValueError(f"nothing names the tokenizer of --data {data}: add --tokenizer gpt2 or bytes")
+    if tokenizer and model and vocabulary(tokenizer) > model.config.vocab_size:
         V = model.config.vocab_size
         raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
-    return None, tokenizer
+    return folder if encoded else None, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
