@@ -6,12 +6,8 @@
     python train.py --preset gpt2 --init gpt2 --data openwebtext/       make GPT-2 sparse
     torchrun --nproc_per_node=8 train.py ...            the same global batch, on eight GPUs
 
-Data flow: text -> out/train.bin and out/val.bin (tokens, uint16; meta.pkl names their tokenizer) -> batches ->
-out/ckpt.pt, which convert.py reads beside the two token files.
-
+Data flow: text -> out/train.bin and out/val.bin (tokens, uint16) -> batches -> out/ckpt.pt, which convert.py reads.
 The recipe is training_loss, cross entropy + alpha * the mean of the layers' sparsity penalties, and the loop in main.
-Before it stand the settings and what the loop calls; after it, resuming, reading text, and the plumbing that the three
-scripts share.
 
 What differs from nanoGPT's train.py: batches depend on seed and step alone, so that a resumed run sees what it would
 have seen; a step's sequences are the same for any number of processes; val loss is always over the same windows; every
@@ -91,15 +87,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see python {self.prog} --help)")
 
 
-def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
+def number(kind: type, low: float, high: float = 2**40) -> Callable:
     """An option's type: an int or float from low to high."""
 
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            bounds = f"at least {low:g}" if high >= 2**40 else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
@@ -124,7 +118,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "train.py", "Train a dense GPT with sparse activations.",
         "--data book.txt --out book", "--init resume --out book --steps 3000",
     )  # fmt: skip
-    count, non_negative = number(int, 1, 2**40), number(float, 0)
+    count, non_negative = number(int, 1), number(float, 0)
     add = parser.add_argument_group("what to run").add_argument
     add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
@@ -139,22 +133,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--n_embd", type=count, help="width d (default: 128)")
     add("--block_size", type=count, help="context in tokens; with --init it may be shorter (default: 128)")
     add("--no_bias", dest="bias", action="store_const", const=False, help="no biases in linear layers and layer norms")
-    add("--activation", choices=ACTIVATIONS, help="with --init it may differ: ReLUfication (default: the"
-        " checkpoint's, else relu)")  # fmt: skip
+    add("--activation", choices=ACTIVATIONS, help="with --init another one: ReLUfication (default: the checkpoint's)")
     add = parser.add_argument_group("sparsity").add_argument
     add("--penalty", choices=PENALTIES, help="on feed-forward activations (default: hoyer; on resuming, the run's)")
-    add("--alpha", type=non_negative, default=1e-3, help="weight of the penalty; the authors' GPT-2: L1, with 5e-4 for"
-        " ReLU and 5e-5 for GELU")  # fmt: skip
-    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which the weight grows"
-        " linearly from 0; 0: constant, as in the authors' GPT-2")  # fmt: skip
+    add("--alpha", type=non_negative, default=1e-3, help="weight of the penalty; for L1 a smaller one (see the preset)")
+    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which alpha grows from 0")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=1500, help="optimizer steps")
     add("--batch_size", type=count, default=16, help="sequences that a process computes at once, at most")
-    add("--grad_accum", type=count, default=1, help="a step has this many times --batch_size sequences, over all"
-        " processes")  # fmt: skip
+    add("--grad_accum", type=count, default=1, help="a step has this many --batch_size, over all processes")
     add("--lr", type=non_negative, default=2e-3, help="peak learning rate")
     add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
-    add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
+    add("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     add("--weight_decay", type=non_negative, default=0.1, help="of matrices and embeddings")
     add("--beta2", type=number(float, 0, 0.999999), default=0.95, help="AdamW's; beta1 is 0.9")
     add("--grad_clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no clipping")
@@ -366,9 +356,8 @@ def main(argv: list[str] | None = None) -> int:
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
-    say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)")
-    say("loss, val loss: cross entropy in nats per token; zeros: share of activations that are zero;")
-    say("active: effective number of active neurons per layer (square Hoyer)")
+    say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)\nlosses: cross entropy, nats per token; "
+        "zeros: share of the activations; active: neurons per layer, effectively (square Hoyer)")  # fmt: skip
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
     probe, _ = next(held_out(model, val_tokens, windows=16))  # [B, T]
     losses, clock, since = [], time.perf_counter(), first
