@@ -709,47 +709,37 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def write(text: str, descriptor: int) -> None:
-    """To stdout (1) or stderr (2). A closed pipe, a full disk behind > or a terminal's encoding never ends a run."""
-    try:
-        print(printable(text), end="", file=sys.stdout if descriptor == 1 else sys.stderr, flush=True)
-    except (AttributeError, OSError, ValueError):
-        with contextlib.suppress(OSError):  # what is buffered goes nowhere, or Python fails again as it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def say(text: str = "") -> None:
-    """Writes a line to stdout, from rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        write(text + "\n", 1)
+def say(text: str = "", error: bool = False) -> None:
+    """Writes a line to stdout, from rank 0, or an error to stderr. A closed pipe or full disk behind > ends no run."""
+    if error or not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+        except (OSError, ValueError):  # to nowhere, or Python fails again as it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if error else 1)
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script. A user's mistake ends in one line on stderr and status 1, a signal in 128 + its number; anything
     else is a bug, whose traceback is shown."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+        if stream is not None:  # as >&- leaves it
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     status, message = 1, ""
     try:
         status = main() or 0
     except KeyboardInterrupt:
-        status, message = 130, "\ninterrupted; files are complete or as they were\n"
+        status, message = 130, "\ninterrupted; files are complete or as they were"
     except BrokenPipeError:  # who read our output has left, as head does
         status = 128 + 13
     except (ValueError, OSError) as error:
-        message = f"error: {' '.join(str(error).split())}\n"
+        message = f"error: {' '.join(str(error).split())}"
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        rank_zero_ended = dist.is_initialized() and dist.get_rank() > 0 and "onnection" in str(error)  # it has said why
-        if not memory and not rank_zero_ended:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        message = "error: out of memory: lower --batch_size or the sizes of the model\n" if memory else ""
-    write(message, 2)
-    write("", 1)
+        message = "error: out of memory: lower --batch_size or the sizes of the model"
+    if message:
+        say(message, error=True)
     if dist.is_initialized():
-        if status == 0:
-            dist.destroy_process_group()
         os._exit(status)  # gloo's threads can abort in Python's own shutdown
     sys.exit(status)
 
