@@ -39,13 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_SIZES, HF_ACTIVATIONS, HF_FIELDS, HF_WEIGHTS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, dynamic_k,
+    GPT, GPT2_SIZES, HF_ACTIVATIONS, HF_FIELDS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, dynamic_k,
     flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
-    OTHER_TEXT, Batches, Parser, add_system_options, add_text, as_path, claim, draw_offsets, evaluate, find_tokens,
-    fingerprint, held_out, keep_previous, learning_rate, number, open_tokens, pick_device, put_aside, rank_zero_first,
-    run, say, start_processes, take_windows,
+    Parser, add_system_options, as_path, claim, draw_batch, draw_offsets, evaluate, find_tokens, fingerprint, held_out,
+    keep_previous, learning_rate, number, open_tokens, pick_device, put_aside, put_tokens, rank_zero_first, run, say,
+    start_processes, take_windows,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,33 +181,34 @@ def split_model(model: GPT, moe: GPT, sample: Tensor | None, seed: int) -> None:
 # 2. Routers (section 3.3), and the one training loop of this file
 
 
-def fit(parameters: list[Tensor], loss_of: Callable[..., Tensor], batches: Batches, lr: float, label: str) -> None:
+def fit(
+    parameters: list[Tensor], loss_of: Callable[..., Tensor], draw: Callable, steps: int, lr: float, label: str
+) -> None:
     """Trains `parameters` with Adam, a cosine schedule and a short warm-up; loss_of(x, y, step) -> scalar, for tokens x
-    and the tokens y that follow them, [B, T] each. Raises ValueError if the loss is not finite.
+    and the tokens y that follow them, [B, T] each, which draw(step) gives. Raises ValueError if the loss is not finite.
 
     Losses of layers that share no parameters may be summed: their gradients do not interact, and Adam is (up to its
     epsilon) invariant to the scale of a loss.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    steps, start, told = len(batches), time.perf_counter(), time.perf_counter()
-    for step, [(x, y)] in enumerate(batches):
+    start = told = time.perf_counter()
+    for step in range(steps):
+        [(x, y)] = draw(step)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
         loss = loss_of(x, y, step)
         loss.backward()
-        mean_loss = loss.detach().clone()
+        loss = loss.detach()
         if dist.is_initialized():  # the mean over processes
-            for t in (mean_loss, *(p.grad for p in parameters)):
+            for t in (loss, *(p.grad for p in parameters)):
                 dist.all_reduce(t)
                 t /= dist.get_world_size()
-        if not math.isfinite(mean_loss.item()):
+        if not loss.isfinite():
             raise ValueError(f"{label}: the loss is not finite at step {step + 1}: try a lower --lr, or --finetune_lr")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        now = time.perf_counter()
-        if now - told > 8 or step == steps - 1:
-            told = now
-            left = (now - start) / (step + 1) * (steps - step - 1)
-            say(f"{label}: step {step + 1:5d} of {steps}, loss {mean_loss.item():.5f}, {left:.0f} s left")
+        optimizer.zero_grad()
+        if (now := time.perf_counter()) - told > 8 or step == steps - 1:
+            told, left = now, (now - start) / (step + 1) * (steps - step - 1)
+            say(f"{label}: step {step + 1:5d} of {steps}, loss {loss.item():.5f}, {left:.0f} s left")
 
 
 def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(layer.router.logits(x), mass / largest.clamp(min=1e-9))
 
 
-def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
+def train_routers(moe: GPT, draw: Callable, steps: int, lr: float) -> None:
     """Trains all routers at once, on what their layers read when every expert runs."""
     layers = moe.layers()
     loss_of_layer = moefication_loss if moe.config.router == "moefication" else router_loss
@@ -239,11 +240,10 @@ def train_routers(moe: GPT, batches: Batches, lr: float) -> None:
         inputs: list[Tensor] = []
         with torch.no_grad():
             moe.hidden(x, inputs=inputs)
-        losses = [loss_of_layer(layer, read.flatten(0, 1)) for layer, read in zip(layers, inputs, strict=True)]
-        return torch.stack(losses).sum()
+        return sum(loss_of_layer(layer, read.flatten(0, 1)) for layer, read in zip(layers, inputs, strict=True))
 
     parameters = [p.requires_grad_() for layer in layers for p in layer.router.parameters()]
-    fit(parameters, loss_of, batches, lr, "routers")
+    fit(parameters, loss_of, draw, steps, lr, "routers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,13 +281,14 @@ def projection_loss(mlp: MLP, x: Tensor, target: Tensor, weight: float) -> Tenso
     return F.mse_loss(y, target) / variance + weight * penalty
 
 
-def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float) -> GPT:
+def distill_projections(dense: GPT, draw: Callable, draw_jointly: Callable, steps: int, lr: float) -> GPT:
     """The dense model with a projection MLP in place of each attention projection.
 
     First each MLP by itself imitates its layer, as in the paper; the weight of the penalty grows to the paper's 1e-3.
     Then all of them jointly match the dense model's predictions, so that they compensate each other's errors. The
     KL divergence is far below 1, hence the lower penalty weight; the MLPs are trained already, hence the lower rate.
     """
+    alone = max(1, steps // 4)  # three quarters of the steps for training jointly, which matters more
     model = GPT(replace(dense.config, projections="mlp")).to(dense.lm_head.weight.device).requires_grad_(False)
     model.load_state_dict(dense.state_dict(), strict=False)
     projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # in training mode: penalties
@@ -295,8 +296,8 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
 
     def loss_alone(x, y, step):
         examples = zip(projections, projection_examples(dense, x), strict=True)
-        weight = 1e-3 * step / len(alone)
-        return torch.stack([projection_loss(mlp, read, target, weight) for mlp, (read, target) in examples]).sum()
+        weight = 1e-3 * step / alone
+        return sum(projection_loss(mlp, read, target, weight) for mlp, (read, target) in examples)
 
     def loss_together(x, y, step):
         with torch.no_grad():
@@ -305,10 +306,10 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
         predicted = logits.flatten(0, 1).log_softmax(-1)  # [B*T, V]
         divergence = F.kl_div(predicted, target, reduction="batchmean", log_target=True)  # mean over tokens
         penalties = [a for layer, a in zip(model.layers(), aux, strict=True) if layer in projections]
-        return divergence + 1e-4 * torch.stack(penalties).sum()
+        return divergence + 1e-4 * sum(penalties)
 
-    fit(parameters, loss_alone, alone, lr, "projections")
-    fit(parameters, loss_together, together, lr / 2, "projections jointly")
+    fit(parameters, loss_alone, draw, alone, lr, "projections")
+    fit(parameters, loss_together, draw_jointly, max(1, steps - alone), lr / 2, "projections jointly")
     return model.requires_grad_(False).eval()
 
 
@@ -318,7 +319,7 @@ def distill_projections(dense: GPT, alone: Batches, together: Batches, lr: float
 FINETUNE_TAUS = (0.99, 0.97, 0.94, 0.88, 0.75)  # in turns, so that one model serves the whole range
 
 
-def finetune(moe: GPT, batches: Batches, lr: float) -> None:
+def finetune(moe: GPT, draw: Callable, steps: int, lr: float) -> None:
     """Trains all of the converted model while it runs only the selected experts: it learns to do without the others.
 
     The loss is cross entropy plus the routers' regression. No gradient passes the gate: an expert learns from the
@@ -335,10 +336,9 @@ def finetune(moe: GPT, batches: Batches, lr: float) -> None:
         hidden, _ = moe.hidden(x, gate, inputs=inputs)  # [B, T, d]
         cross_entropy = F.cross_entropy(moe.lm_head(hidden).flatten(0, 1), y.flatten())  # [B, T, V] -> [B*T, V]
         reads = zip(layers, inputs, strict=True)
-        regression = [router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads]
-        return cross_entropy + torch.stack(regression).sum()
+        return cross_entropy + sum(router_loss(layer, read.detach().flatten(0, 1)) for layer, read in reads)
 
-    fit(parameters, loss_of, batches, lr, "fine-tuning")
+    fit(parameters, loss_of, draw, steps, lr, "fine-tuning")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,35 +426,23 @@ def cost_table(
     return points
 
 
-def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, ...] | None:
-    """Executed share and relative FLOPs at a loss, interpolated on a rule's curve, and the executed shares of the two
-    rows between which that was done; None outside of the curve."""
-    curve = sorted((p for p in points if p["rule"] == rule), key=lambda p: p["executed"])
-    if curve[0]["loss"] < loss:  # fewer experts than in any row would do
-        return None
-    for low, high in zip(curve, curve[1:]):  # from the cheapest on
-        if high["loss"] <= loss <= low["loss"]:
-            drop = low["loss"] - high["loss"]
-            t = (low["loss"] - loss) / drop if drop else 1.0  # 0 at low, 1 at high
-            executed, flops = (low[cost] + t * (high[cost] - low[cost]) for cost in ("executed", "flops"))
-            return executed, flops, low["executed"], high["executed"]
-    return None
+def cost_at(points: list[dict], rule: str, loss: float) -> tuple[float, float]:
+    """The least executed share and relative FLOPs at a loss, interpolated between a rule's rows; nan outside."""
+    *costs, losses = zip(*sorted((p["executed"], p["flops"], p["loss"]) for p in points if p["rule"] == rule))
+    best = np.minimum.accumulate(losses)[::-1]  # with so many experts or fewer: rising, as np.interp needs it
+    return tuple(float(np.interp(loss, best, cost[::-1], left=math.nan, right=math.nan)) for cost in costs)
 
 
 def print_read_off(points: list[dict], dense_loss: float) -> None:
     """What each rule costs at 1% and at 2% above the dense loss. (An oracle is not priced: it runs every expert.)"""
     rules = dict.fromkeys(p["rule"] for p in points)
+    outside = "outside of this table" + (" (--eval measures other --taus)" if "dynamic_k" in rules else "")
     say()
     for percent in (1, 2):
         for rule in rules:
-            found = cost_at(points, rule, dense_loss * (1 + percent / 100))
-            if found:
-                executed, flops, low, high = found
-                priced = "" if rule == "oracle" else f", {flops:6.1%} of the FLOPs"
-                cost = f"{executed:6.1%} of the experts{priced}  (between rows of {low:.1%} and {high:.1%})"
-            else:
-                advice = " (--eval measures other --taus)" if "dynamic_k" in rules else ""
-                cost = f"outside of this table{advice}"
+            executed, flops = cost_at(points, rule, dense_loss * (1 + percent / 100))
+            priced = "" if rule == "oracle" else f", {flops:6.1%} of the FLOPs"
+            cost = outside if math.isnan(executed) else f"{executed:6.1%} of the experts{priced}"
             say(f"at {percent}% above the dense loss, {rule:9}: {cost}")
 
 
@@ -471,20 +459,16 @@ def write_table(path: Path, points: list[dict]) -> None:
 
 
 def read_table(folder: Path) -> list[dict]:
-    """The points of a folder's cost_vs_loss.csv. Raises ValueError or OSError if there is none of ours."""
+    """The points of a folder's cost_vs_loss.csv. Raises ValueError if there is none of ours."""
     path = folder / "cost_vs_loss.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: --compare takes folders that convert.py wrote")
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        rows = list(csv.DictReader(f))
     try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []  # a pipe would be waited for
+        rows = list(csv.DictReader(lines))
         points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
-        priced = [p for p in points if p["rule"] == "oracle" or math.isfinite(p["flops"])]
-        points = [p for p in priced if math.isfinite(p["loss"] / p["dense_loss"])]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        points = []
-    if not points:
-        raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there")
+        points = [p for p in points if math.isfinite(p["loss"])]
+        points[0]  # an empty table cannot be drawn
+    except (csv.Error, LookupError, TypeError, ValueError):
+        raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there") from None
     return points
 
 
@@ -534,8 +518,8 @@ def export_gpt2(model: GPT, folder: Path) -> None:
     Raises ValueError for a converted model and for a folder that holds one already, OSError."""
     if model.config.num_experts or model.config.projections != "linear":
         raise ValueError("only a dense model can be exported as a GPT-2")
-    if any((folder / name).exists() for name in ("config.json", *HF_WEIGHTS, "ckpt.pt", "d2dmoe.pt")):
-        raise ValueError(f"{folder} holds a model already: --export takes a new folder")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: --export takes a new folder")
     c, weights = model.config, {}
     for name, w in model.state_dict().items():
         is_linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
@@ -567,7 +551,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "convert.py", "Convert a dense checkpoint to experts with dynamic-k gating.",
         "--ckpt out/ --out better/ --recipe better", "--ckpt out/ --eval --taus 0.5 0.85",
     )  # fmt: skip
-    count = number(int, 1)
+    count = number(int, 1, 2**40)
     taus = [1, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.9, 0.8, 0.7]
     add = parser.add_argument_group("what to run").add_argument
     add("--ckpt", default="out", help="folder with ckpt.pt, a checkpoint of ours or nanoGPT's, a folder of Hugging"
@@ -591,7 +575,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=2500, help="training steps of the routers; with --attention as many of the"
         " projection MLPs before: the first quarter each by itself, then jointly")  # fmt: skip
-    add("--finetune", type=number(int, 0), default=0, help="then steps of training the whole model with the gate"
+    add("--finetune", type=number(int, 0, 2**40), default=0, help="then steps of training the whole model with the gate"
         " on, which the paper does not do")  # fmt: skip
     add("--batch_size", type=count, default=8, help="sequences per step")
     add("--lr", type=number(float, 0), default=5e-3, help="peak learning rate of the routers, and of projection MLPs"
@@ -632,30 +616,31 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
     return f"{' + '.join(filter(None, (args.recipe, *changes)))} E={config.num_experts} r={config.router_width}"
 
 
+def draw_of(stage: int, tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, device) -> Callable:
+    """draw(step) for fit: stages see different windows, stage 0 those that train.py drew from this seed."""
+    return partial(draw_batch, tokens, config.block_size, args.batch_size, args.seed + stage, device=device)
+
+
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
     config, device = converted_config(dense, args), dense.lm_head.weight.device
-
-    def batches(steps, stage):  # stages draw different windows, stage 0 those that train.py drew from this seed
-        return Batches(tokens, config, steps, args.batch_size, args.seed + stage, device)
-
+    draws = [draw_of(stage, tokens, config, args, device) for stage in range(3)]
     unsplit = dense
-    if args.attention:  # three quarters of the steps for training jointly, which matters more
-        alone = max(1, args.steps // 4)
-        unsplit = distill_projections(dense, batches(alone, 0), batches(max(1, args.steps - alone), 2), args.lr)
+    if args.attention:
+        unsplit = distill_projections(dense, draws[0], draws[2], args.steps, args.lr)
     moe = GPT(config).to(device).requires_grad_(False).eval()
     sample, start = None, time.perf_counter()
     if (args.split or RECIPES[args.recipe]["split"]) == "coactivation":
         T = config.block_size  # about 8,192 tokens; no training has a step -1, and every process draws the same
         offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
-        sample, _ = take_windows(tokens, offsets, T, config.vocab_size, device)
+        sample, _ = take_windows(tokens, offsets, T, device)
     split_model(unsplit, moe, sample, args.seed)
     if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
         for p in moe.parameters():
             dist.broadcast(p, 0)
     sizes = f"{config.num_experts} experts with {config.d_ff // config.num_experts} neurons"
     say(f"{config.n_layer} blocks of {sizes}, split in {time.perf_counter() - start:.0f} s")
-    train_routers(moe, batches(args.steps, 1), args.lr)
+    train_routers(moe, draws[1], args.steps, args.lr)
     return moe.requires_grad_(False)
 
 
@@ -681,7 +666,14 @@ def main(argv: list[str] | None = None) -> None:
             converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
         tables = [read_table(folder) for folder in args.compare]
         lock = claim(out) if rank == 0 else None  # noqa: F841
-        tokens, val_tokens, tokenizer, text = open_corpus(args, checkpoint, dense, home, out)
+        if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
+            raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: --data takes their folder, or text")
+        data = args.data or f"{home}/"  # the slash: even if the folder is named stdlib
+        folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint["tokenizer"], dense)
+        if folder is None and rank == 0:
+            put_tokens(None, data, tokenizer, out / "text", dense.config)
+        tokens, val_tokens = open_tokens(folder or out / "text", dense.config)
+    text = fingerprint(tokens, val_tokens, checkpoint)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     checksum = 0  # tells one dense model from another
     for p in dense.parameters():
@@ -694,8 +686,12 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     if args.eval:
-        moe, recipe = read_conversion(out, args.ckpt, checksum, text)
-        moe.to(device)
+        moe, saved = load_checkpoint(out / "d2dmoe.pt")
+        moe.requires_grad_(False).to(device)
+        if saved.get("dense_crc32") != checksum:
+            raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: give its own as --ckpt")
+        fingerprint(tokens, val_tokens, saved)
+        recipe = str(saved.get("recipe"))
         say(f"{out}/d2dmoe.pt: {recipe}")
     else:
         moe = convert(dense, tokens, args)
@@ -706,8 +702,7 @@ def main(argv: list[str] | None = None) -> None:
             # An earlier conversion's, as this one may be stopped before it has its own.
             put_aside(out / "cost_vs_loss.csv", out / "cost_vs_loss.png")
         if args.finetune:  # stopped or diverged, it leaves the file without it
-            batches = Batches(tokens, moe.config, args.finetune, args.batch_size, args.seed + 3, device)
-            finetune(moe, batches, args.finetune_lr)
+            finetune(moe, draw_of(3, tokens, moe.config, args, device), args.finetune, args.finetune_lr)
             recipe = described(moe.config, args, finetuned=True)
             if rank == 0:
                 save_checkpoint(out / "d2dmoe.pt", moe.requires_grad_(False), recipe=recipe, **facts)
@@ -730,34 +725,6 @@ def main(argv: list[str] | None = None) -> None:
         say("at this size a layer is too small for experts to save time; python kernels.py shows where they do")
     if tokenizer and moe.config.router == "norm":
         say(f"now: python sample.py --ckpt {shlex.quote(str(out))} --tau 0.95")
-
-
-def open_corpus(
-    args: argparse.Namespace, checkpoint: dict, dense: GPT, home: Path, out: Path
-) -> tuple[np.ndarray, np.ndarray, str | None, dict]:
-    """Training and held-out tokens, their tokenizer's name (None if unknown) and fingerprint. --data that is text is
-    encoded into out/text. Raises ValueError or OSError."""
-    if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
-        raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: give their folder, or text, as --data")
-    data = args.data or f"{home}/"  # the slash: even if the folder is named stdlib
-    folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), dense)
-    tokens = open_tokens(folder or add_text(data, tokenizer, out / "text", dense.config), dense.config)
-    text = fingerprint(*tokens)
-    if args.data is None and checkpoint.get("text") not in (None, text):
-        raise ValueError(f"{home}/train.bin and val.bin {OTHER_TEXT}")
-    return *tokens, tokenizer, text
-
-
-def read_conversion(out: Path, ckpt: str, checksum: int, text: dict) -> tuple[GPT, str]:
-    """The model in out/d2dmoe.pt and its recipe's name. Raises ValueError if it was not made from the dense model in
-    `ckpt`, of that checksum, and FileNotFoundError; warns if its text was not the one of fingerprint `text`.
-    """
-    moe, checkpoint = load_checkpoint(out / "d2dmoe.pt")
-    if checkpoint.get("dense_crc32") != checksum:
-        raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {ckpt}: give its own as --ckpt")
-    if checkpoint.get("text") not in (None, text):
-        say(f"warning: {out}/d2dmoe.pt was converted on another text, which --data can name")
-    return moe.requires_grad_(False), str(checkpoint.get("recipe"))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "sample.py", "Generate text from a converted checkpoint.",
         "--tau 0.95", '--ckpt better/ --prompt "def main(" --temperature 0.7',
     )  # fmt: skip
-    count = number(int, 1)
+    count = number(int, 1, 2**40)
     add = parser.add_argument_group("what to run").add_argument
     add("--ckpt", default="out", help="folder with d2dmoe.pt (else ckpt.pt, a dense model), or a file")
     add("--tau", type=number(float, 0, 1), default=0.9, help="run the experts whose predicted norm is at least"

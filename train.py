@@ -17,6 +17,7 @@ evaluation saves; --final_lr is a share of --lr. By default there are ReLUs, and
 import argparse
 import contextlib
 import filecmp
+import io
 import math
 import os
 import pickle
@@ -31,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,12 +89,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see python {self.prog} --help)")
 
 
-def number(kind: type, low: float, high: float = 2**40) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
     """An option's type: an int or float from low to high."""
 
     def parse(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            bounds = f"at least {low:g}" if high >= 2**40 else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
@@ -118,7 +121,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "train.py", "Train a dense GPT with sparse activations.",
         "--data book.txt --out book", "--init resume --out book --steps 3000",
     )  # fmt: skip
-    count, non_negative = number(int, 1), number(float, 0)
+    count, non_negative = number(int, 1, 2**40), number(float, 0)
     add = parser.add_argument_group("what to run").add_argument
     add("--data", help="stdlib (Python's own sources), a UTF-8 text file, a folder of text, or one with nanoGPT's"
         " train.bin and val.bin (default: stdlib; on resuming, the tokens in --out)")  # fmt: skip
@@ -144,7 +147,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--grad_accum", type=count, default=1, help="a step has this many --batch_size, over all processes")
     add("--lr", type=non_negative, default=2e-3, help="peak learning rate")
     add("--final_lr", type=number(float, 0, 1), default=0.1, help="final learning rate as a share of --lr")
-    add("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
+    add("--warmup", type=number(int, 0, 2**40), default=100, help="steps of linear warm-up")
     add("--weight_decay", type=non_negative, default=0.1, help="of matrices and embeddings")
     add("--beta2", type=number(float, 0, 0.999999), default=0.95, help="AdamW's; beta1 is 0.9")
     add("--grad_clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no clipping")
@@ -180,9 +183,6 @@ def as_words(args: argparse.Namespace) -> list[str]:
 # Batches
 
 
-WRONG_TOKENS = "are --data and --tokenizer right?"
-
-
 def draw_offsets(length: int, sequences: int, block_size: int, seed: int, step: int) -> Tensor:
     """Where a step's sequences start, [sequences]: a function of seed and step alone, so that a resumed run sees the
     batches it would have seen, and any number of processes share out the same ones."""
@@ -190,44 +190,26 @@ def draw_offsets(length: int, sequences: int, block_size: int, seed: int, step: 
     return torch.randint(length - block_size, (sequences,), generator=generator)
 
 
-def take_windows(
-    tokens: np.ndarray, offsets: Tensor, block_size: int, vocab_size: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] int64 of the windows that start at offsets [B]. Raises ValueError for a token outside
-    of the vocabulary."""
-    windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()]).astype(np.int64)  # [B, T+1]
-    if windows.max() >= vocab_size:
-        raise ValueError(f"token {windows.max()} lies outside the vocabulary of {vocab_size}: {WRONG_TOKENS}")
-    windows, on_gpu = torch.from_numpy(windows), torch.device(device).type == "cuda"
-    if on_gpu:  # from page-locked memory the copy is only queued: the host goes on
+def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, device="cpu") -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] int64, on a device, of the windows that start at offsets [B]."""
+    windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()])  # [B, T+1]
+    windows = torch.from_numpy(windows.astype(np.int64))
+    if torch.device(device).type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
         windows = windows.pin_memory()
-    windows = windows.to(device, non_blocking=on_gpu)
+    windows = windows.to(device, non_blocking=windows.is_pinned())
     return windows[:, :-1], windows[:, 1:]
 
 
-class Batches:
-    """batches[step] is a list of (x, y), each [B, T]: this process's share of the step's sequences, in pieces of at
-    most `at_once`. Raises ValueError if the sequences do not divide among the processes of torchrun."""
-
-    def __init__(
-        self, tokens: np.ndarray, config: GPTConfig, steps: int, sequences: int, seed: int,
-        device: torch.device | str = "cpu", at_once: int = 0,
-    ):  # fmt: skip
-        self.tokens, self.config, self.steps, self.sequences = tokens, config, steps, sequences
-        self.seed, self.device, self.at_once = seed, device, at_once or sequences
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if sequences % self.world:
-            raise ValueError(f"{sequences} sequences per step do not divide among {self.world} processes")
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of {self.steps}")  # also what ends `for pieces in batches`
-        T, V = self.config.block_size, self.config.vocab_size
-        offsets = draw_offsets(len(self.tokens), self.sequences, T, self.seed, step).chunk(self.world)[self.rank]
-        return [take_windows(self.tokens, o, T, V, self.device) for o in offsets.split(self.at_once)]
+def draw_batch(
+    tokens: np.ndarray, block_size: int, sequences: int, seed: int, step: int, device="cpu", at_once: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """A step's (x, y), each [B, T]: this process's share of the sequences, in pieces of at most `at_once` (0: in one).
+    Raises ValueError if the sequences do not divide among the processes of torchrun."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if sequences % world:
+        raise ValueError(f"{sequences} sequences per step do not divide among {world} processes")
+    offsets = draw_offsets(len(tokens), sequences, block_size, seed, step).chunk(world)[rank]
+    return [take_windows(tokens, o, block_size, device) for o in offsets.split(at_once or sequences)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +225,7 @@ def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16)
         raise ValueError(f"evaluation needs windows and batch_size of 1 or more, and {T + 1} tokens")
     offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24
     for some in offsets.split(max(1, min(batch_size, 2**26 // (T * V)))):
-        yield take_windows(tokens, some, T, V, model.lm_head.weight.device)
+        yield take_windows(tokens, some, T, model.lm_head.weight.device)
 
 
 @torch.no_grad()
@@ -318,17 +300,14 @@ def main(argv: list[str] | None = None) -> int:
         folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint.get("tokenizer"), base)
         model = initial_model(args, base, tokenizer)  # before text is encoded: wrong sizes are told at once
         config = model.config
-        folder = folder or add_text(data, tokenizer, args.out, config)
-        train_tokens, val_tokens = open_tokens(folder, config)
-        text = fingerprint(train_tokens, val_tokens)
-        if resuming and args.data is None and checkpoint.get("text") != text:
-            raise ValueError(f"{args.out}/train.bin and val.bin {OTHER_TEXT}")
-        if checkpoint.get("text") not in (None, text):
-            say("warning: the checkpoint was trained on another text than --data, perhaps on some that is held out now")
-        adopt_tokens(folder, tokenizer, args.out)
+        if rank == 0:
+            put_tokens(folder, data, tokenizer, args.out, config)
+        train_tokens, val_tokens = open_tokens(args.out, config)
+    text = fingerprint(train_tokens, val_tokens, checkpoint)
     facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
-    batches = Batches(train_tokens, config, args.steps, sequences, args.seed, device, at_once=args.batch_size)
+    draw = partial(draw_batch, train_tokens, config.block_size, sequences, args.seed, device=device,
+                   at_once=args.batch_size)  # fmt: skip
 
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -362,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     probe, _ = next(held_out(model, val_tokens, windows=16))  # [B, T]
     losses, clock, since = [], time.perf_counter(), first
     with noted_signals() as stop:
-        upcoming = batches[first]
+        upcoming = draw(first)
         for step in range(first, args.steps):
             done = step + 1
             for group in optimizer.param_groups:
@@ -377,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
                     weight = len(x) * world / sequences
                     (weight * loss).backward()
                 total += weight * cross_entropy.detach()
-            upcoming = batches[step + 1] if step + 1 < args.steps else []  # read and queued while a GPU computes
+            upcoming = draw(done)  # the next step's, read and queued while a GPU computes
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
             state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])  # [3]
             if world > 1:
@@ -416,10 +395,8 @@ def main(argv: list[str] | None = None) -> int:
 def check_finite(step: int, *values: float) -> None:
     """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
     if not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"step {step}: loss, gradient or weights are not finite; what this run saved at its last evaluation is "
-            "untouched: try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
-        )
+        advice = "try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
+        raise ValueError(f"step {step}: loss, gradient or weights are not finite; the last save is untouched: {advice}")
 
 
 def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | None) -> GPT:
@@ -427,18 +404,18 @@ def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | N
     given = {name: value for name, value in vars(args).items() if name in MODEL and value is not None}
     if base is None:
         return GPT(GPTConfig(vocab_size=vocabulary(tokenizer), **given))
-    config, resuming = base.config, args.init == "resume"
-    if config.num_experts or config.projections != "linear":
+    if base.config.num_experts or base.config.projections != "linear":
         raise ValueError(f"--init {args.init} is a converted model: training starts from a dense one")
-    for name in MODEL if resuming else ("n_layer", "n_head", "n_embd", "bias"):
-        if given.get(name, getattr(config, name)) != getattr(config, name):
+    own, free = vars(base.config), () if args.init == "resume" else ("block_size", "activation", "penalty")
+    for name, value in given.items():
+        if name not in free and value != own[name]:
             option = "no_bias" if name == "bias" else name
-            raise ValueError(f"--{option} cannot differ from the checkpoint, whose {name} is {getattr(config, name)}")
-    if resuming:
+            raise ValueError(f"--{option} cannot differ from the checkpoint, whose {name} is {own[name]}")
+    if args.init == "resume":
         return base
-    changed = replace(config, **{"penalty": GPTConfig.penalty} | given)
-    if changed.block_size > config.block_size:
-        raise ValueError(f"--block_size {changed.block_size} is longer than the checkpoint's {config.block_size}")
+    changed = replace(base.config, **{"penalty": GPTConfig.penalty} | given)
+    if changed.block_size > own["block_size"]:
+        raise ValueError(f"--block_size {changed.block_size} is longer than the checkpoint's {own['block_size']}")
     model, weights = GPT(changed), base.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: changed.block_size]
     model.load_state_dict(weights)
@@ -449,18 +426,15 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict, args: argpa
     """Loads AdamW's moments; returns the step to go on with. Raises ValueError if they are not this model's."""
     where = f"{args.out}/ckpt.pt"
     try:
-        state, step = checkpoint["optimizer"]["state"], checkpoint["step"]
-        if type(step) is not int:
-            raise TypeError(f"step {step!r}")
+        state = checkpoint["optimizer"]["state"]
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             own = [(m.shape, m.stride(), m.dtype) for m in (state[i]["exp_avg"], state[i]["exp_avg_sq"])]
             if state[i]["step"].shape or own != 2 * [(p.shape, p.stride(), p.dtype)]:  # or it is written past their end
                 raise ValueError(f"the moments of parameter {i} have another shape")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        last_lr = float(checkpoint["optimizer"]["param_groups"][0]["lr"])
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where} cannot be resumed ({reason}): use it with --init {where}") from None
+        step, last_lr = int(checkpoint["step"]), float(checkpoint["optimizer"]["param_groups"][0]["lr"])
+    except Exception as error:  # what it raises depends on what another program has put there
+        raise ValueError(f"{where} cannot be resumed ({error!r:.200}): use it with --init {where}") from None
     if not 0 <= step < args.steps:
         raise ValueError(f"{where} has its {step} steps: give a larger --steps to train on, or run convert.py")
     lr = learning_rate(step, args.steps, args.lr, args.warmup, args.final_lr)
@@ -487,10 +461,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the network, a proxy or a full disk raise
-        raise OSError(
-            f"cannot load GPT-2's tokenizer ({type(error).__name__}): connect to the internet once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cache, whose files are named by the sha1 of their URL"
-        ) from None
+        cache = "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cache, whose files are named by the sha1 of their URL"
+        raise OSError(f"no GPT-2 tokenizer ({error!r:.99}): connect to the internet once, or set {cache}") from None
 
 
 def vocabulary(name: str) -> int:
@@ -506,30 +478,29 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     return tokenizer.encode_ordinary(text)
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, strings and numbers. A pickle can run any code, but only through what it names here."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
 def own_tokenizer(folder: Path) -> str | None:
     """The tokenizer of .bin files, from the meta.pkl beside them, ours or nanoGPT's, if any. Raises ValueError."""
-
-    class PlainUnpickler(pickle.Unpickler):  # a pickle can run any code, but only through what it names here
-        def find_class(self, module, name):
-            raise ValueError(f"{folder}/meta.pkl names {module}.{name}: only dicts, strings and integers are read")
-
     path = folder / "meta.pkl"
     if not path.is_file():
         return None
     try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         if re.fullmatch("bytes|gpt2|characters:.+", name := str(meta.get("tokenizer")), re.DOTALL):  # ours
             return name
-        letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
-            raise TypeError
-        return "characters:" + "".join(letters)
-    except (KeyError, TypeError, IndexError, EOFError, AttributeError, OverflowError, pickle.UnpicklingError):
-        raise ValueError(
-            f"{path} names no tokenizer that is known here, nor is it a character table of nanoGPT's: move it away, and"
-            " add --tokenizer"
-        ) from None
+        alphabet = "".join(meta["itos"][i] for i in range(len(meta["itos"])))
+        if not len(set(alphabet)) == len(alphabet) == len(meta["itos"]) > 0:
+            raise ValueError("not one character a token")
+        return f"characters:{alphabet}"
+    except Exception as error:  # a foreign or damaged pickle can raise nearly anything
+        known = "a tokenizer known here, or nanoGPT's character table"
+        raise ValueError(f"{path} does not name {known} ({error}): move it away, and add --tokenizer") from None
 
 
 def place_of(data: str) -> Path:
@@ -540,9 +511,9 @@ def place_of(data: str) -> Path:
 def text_files(data: str) -> list[Path]:
     """The files in place_of(data), or that file, sorted; of "stdlib" Python's sources without its tests and without
     what is installed. Raises FileNotFoundError or ValueError."""
-    root, skip = place_of(data), set()
+    root, skip, ending = place_of(data), set(), ""
     if data == "stdlib":
-        skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+        skip, ending = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}, ".py"
     if not root.exists():
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     if [path.name for path in root.glob("*.py")] == ["prepare.py"]:  # a data folder of nanoGPT's
@@ -554,9 +525,8 @@ def text_files(data: str) -> list[Path]:
             subfolders[:], names = [], []
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(s for s in subfolders if s not in skip and not s.startswith("."))
-        names = [n for n in names if not n.startswith(".") and (n.endswith(".py") or data != "stdlib")]
-        files += [path for path in (Path(folder, n) for n in names) if path.is_file()]  # no pipes, no dangling links
-    return sorted(files)
+        files += [Path(folder, n) for n in names if n.endswith(ending) and not n.startswith(".")]
+    return sorted(path for path in files if path.is_file())  # no pipes, no dangling links
 
 
 def as_text(content: bytes) -> str | None:
@@ -578,105 +548,89 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
     files, texts, clock = text_files(data), 0, time.perf_counter()
     end = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
-        for i, file in enumerate(files):
+        for i, file in enumerate(files, 1):
             try:
                 text = as_text(file.read_bytes())
-            except OSError as error:
-                raise ValueError(f"cannot read {file}: {error.strerror}") from None
+            except OSError:
+                text = None
             if text is None:
                 continue
-            part = val if texts % 10 == 9 else train
             texts += 1
+            part = train if texts % 10 else val
             for piece in pieces(text):
                 part.write(np.array(encode(tokenizer, piece), dtype=np.uint16).tobytes())
                 if time.perf_counter() - clock > 5:
                     clock = time.perf_counter()
-                    say(f"encoding file {i + 1} of {len(files)}, {(train.tell() + val.tell()) // 2:,} tokens so far")
+                    say(f"encoding file {i} of {len(files)}, {(train.tell() + val.tell()) // 2:,} tokens so far")
             part.write(np.array(end, dtype=np.uint16).tobytes())
         if texts == 0:
-            raise ValueError(f"{data} is not UTF-8 text, nor a folder with train.bin and val.bin: give one as --data")
+            wanted = "UTF-8 text that can be read, nor a folder with train.bin and val.bin"
+            raise ValueError(f"{data} is not {wanted}: give one as --data")
         if texts < 10:
             length = train.tell() // 2
             train.seek(2 * (length - length // 10))
             val.write(train.read())
             train.truncate(2 * (length - length // 10))
     if texts < len(files):
-        say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
+        say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text that can be read, and were left out")
 
 
-def add_text(data: str, tokenizer: str, out: Path, config: GPTConfig) -> Path:
-    """Encodes text to the tokens of `out`. -> out. Raises ValueError, OSError."""
-    if dist.is_initialized() and dist.get_rank() > 0:  # rank 0 has done it
-        return out
-    if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
-        raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-    new = out / ".new"
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-    try:
+def open_tokens(folder: Path, config: GPTConfig) -> list[np.ndarray]:
+    """Training and held-out tokens, mapped from disk. Raises ValueError if they are something else or too few,
+    FileNotFoundError."""
+    opened, T, V = [], config.block_size, config.vocab_size
+    for path in (folder / "train.bin", folder / "val.bin"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
+        length, odd = divmod(path.stat().st_size, 2)
+        if length <= T:
+            few = f"{length} tokens are too few for a context of {T}"
+            raise ValueError(f"{path.name}: {few}: give more text (of fewer than ten files a tenth is held out)")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r", shape=(length,))
+        start = tokens[: 1 << 24]
+        header = start[:2].tobytes() in (b"\x93NUM", (20240520).to_bytes(4, "little"))  # numpy's, llm.c's
+        if odd or header or not start[1::2].any():
+            raise ValueError(f"{path} is not a plain file of uint16 tokens: a header, an odd size or wider tokens")
+        if as_text(start.tobytes()) is not None:
+            raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
+        if start.max() >= V:
+            outside = f"token {start.max()} lies outside the vocabulary of {V}"
+            raise ValueError(f"{path}: {outside}: are --data and --tokenizer right?")
+        opened.append(tokens)
+    return opened
+
+
+def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path, config: GPTConfig) -> None:
+    """Puts tokens into `out`, those of `folder` or, if it is None, the text of `data` encoded; and, in meta.pkl, their
+    tokenizer's name. One folder, one text: once there, tokens never change, so that they are those of every model
+    beside them. Raises ValueError if `out` has others, or if these are none for this config, OSError."""
+    new = folder or out / ".new"
+    if folder is None:
+        if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
+            raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed or refused
         encode_text(data, load_tokenizer(tokenizer), new)
-        open_tokens(new, config)  # too little text is not kept
-        adopt_tokens(new, tokenizer, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return out
-
-
-def adopt_tokens(folder: Path, tokenizer: str | None, out: Path) -> None:
-    """Gives `out` a folder's tokens, and meta.pkl with their tokenizer's name. One folder, one text: once there, tokens
-    never change, so that they are those of every model beside them. Raises ValueError if `out` has others, OSError."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    pairs, named = [(folder / name, out / name) for name in ("train.bin", "val.bin")], own_tokenizer(out)
+    open_tokens(new, config)  # what is no good is not kept
+    pairs, named = [(new / name, out / name) for name in ("train.bin", "val.bin")], own_tokenizer(out)
     held = [pair for pair in pairs if pair[1].exists() and not pair[1].samefile(pair[0])]
     if named not in (None, tokenizer) or not all(filecmp.cmp(*pair, shallow=False) for pair in held):
-        raise ValueError(
-            f"{out} has tokens of another text or tokenizer: choose another --out, or delete its train.bin, val.bin "
-            "and meta.pkl"
-        )
+        other = f"{out} has tokens of another text or tokenizer"
+        raise ValueError(f"{other}: choose another --out, or delete its train.bin, val.bin and meta.pkl")
     for source, path in pairs:
         if not path.exists():
             give_name(source, path)
     if tokenizer is not None and named is None:
         with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
             pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
+    shutil.rmtree(out / ".new", ignore_errors=True)
 
 
-def map_tokens(path: Path, config: GPTConfig) -> np.ndarray:
-    """A file of uint16 tokens, mapped from disk. Raises ValueError if it is something else, FileNotFoundError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
-    with open(path, "rb") as f:
-        start = f.read(1 << 22)
-    header = start[:6] == b"\x93NUMPY" or start[:4] == (20240520).to_bytes(4, "little")  # numpy's, llm.c's
-    if header or path.stat().st_size % 2:
-        raise ValueError(f"{path} is not a plain file of uint16 tokens, as nanoGPT's: it has a header or an odd size")
-    if start and as_text(start) is not None:
-        raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
-    tokens = np.frombuffer(start, dtype=np.uint16)
-    if len(tokens) <= config.block_size:
-        raise ValueError(
-            f"{path.name}: {len(tokens)} tokens are too few for a context of {config.block_size}: give more text "
-            "(every tenth file is held out or, of fewer than ten, the last tenth of the tokens)"
-        )
-    if not tokens[1::2].any():
-        raise ValueError(f"{path} holds tokens of 32 bits or more: write them as uint16, as nanoGPT does")
-    if tokens.max() >= config.vocab_size:
-        V = config.vocab_size
-        raise ValueError(f"{path}: token {tokens.max()} lies outside the vocabulary of {V}: {WRONG_TOKENS}")
-    return np.memmap(path, dtype=np.uint16, mode="r")
-
-
-def open_tokens(folder: Path, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out tokens. Raises ValueError or FileNotFoundError."""
-    return tuple(map_tokens(folder / name, config) for name in ("train.bin", "val.bin"))
-
-
-OTHER_TEXT = "are not what ckpt.pt was trained on: give that text as --data"
-
-
-def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, int]:
-    """Identifies a corpus, so that another one is noticed."""
-    return {"train_tokens": len(train), "val_tokens": len(val), "val_crc32": zlib.crc32(val[: 1 << 24].tobytes())}
+def fingerprint(train: np.ndarray, val: np.ndarray, checkpoint: dict) -> dict[str, int]:
+    """Identifies a corpus; warns if it is not the one that the checkpoint was trained on."""
+    text = {"train_tokens": len(train), "val_tokens": len(val), "val_crc32": zlib.crc32(val[: 1 << 24].tobytes())}
+    if checkpoint.get("text") not in (None, text):
+        say("warning: the model was trained on another text than this, perhaps on some that is held out now")
+    return text
 
 
 def find_tokens(
@@ -689,9 +643,10 @@ def find_tokens(
     encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
     told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
     if len(told) > 1:
-        names = " and ".join(sorted(repr(name[:20]) for name in told))
-        raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {names}")
-    [tokenizer] = told or {None if encoded or model else "bytes"}
+        raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {sorted(told)!r:.99}")
+    if not told and not encoded and model is None:
+        told = {"bytes"}
+    tokenizer = told.pop() if told else None
     if tokenizer is None and not (encoded and model):
         raise ValueError(f"nothing names the tokenizer of --data {data}: add --tokenizer gpt2 or bytes")
     if tokenizer and model and vocabulary(tokenizer) > model.config.vocab_size:
@@ -722,24 +677,26 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a script. A user's mistake ends in one line on stderr and status 1, a signal in 128 + its number; anything
     else is a bug, whose traceback is shown."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as >&- leaves it
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None after >&-
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
-    status, message = 1, ""
+    status = 1
     try:
         status = main() or 0
     except KeyboardInterrupt:
-        status, message = 130, "\ninterrupted; files are complete or as they were"
+        status = 128 + signal.SIGINT
+        say("\ninterrupted; files are complete or as they were", error=True)
     except BrokenPipeError:  # who read our output has left, as head does
         status = 128 + 13
     except (ValueError, OSError) as error:
-        message = f"error: {' '.join(str(error).split())}"
+        say(f"error: {' '.join(str(error).split())}", error=True)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        message = "error: out of memory: lower --batch_size or the sizes of the model"
-    if message:
-        say(message, error=True)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            say("error: out of memory: lower --batch_size or the sizes of the model", error=True)
+        elif not dist.is_initialized() or dist.get_rank() == 0 or "onnection" not in str(error):
+            raise  # (else rank 0 has ended, and said why)
     if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
         os._exit(status)  # gloo's threads can abort in Python's own shutdown
     sys.exit(status)
 
