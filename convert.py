@@ -132,7 +132,7 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
     """Neurons by when they fire: for each of the tokens x [N, d] 1 if the neuron fires, else 0, at unit length, so that
     a dot product is a cosine similarity, reduced to `rank` dimensions by a singular value decomposition. (MoEfication
     has such a split too, of the graph of coactivations.) How strongly they fire is left out: clusters that used it
-    needed more experts for the same loss. -> [d_ff, rank]"""
+    needed more experts for the same loss. -> [d_ff, min(rank, N, d_ff)]"""
     fires = (mlp.c_fc(x) > 0).float().cpu()  # [N, d_ff]; a ReLU or a GELU is positive where its argument is
     with torch.random.fork_rng(devices=[]):  # svd_lowrank starts at random: seeded, leaving the global state
         torch.default_generator.manual_seed(0)
@@ -142,7 +142,7 @@ def coactivation_features(mlp: MLP, x: Tensor, rank: int = 64) -> Tensor:
 
 @torch.no_grad()
 def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
-    """Copies an MLP's neurons into experts: neuron i goes to expert assignment[i], of [d_ff].
+    """Copies an MLP's neurons into experts. assignment [d_ff]: neuron i goes to expert assignment[i].
 
     Permuting neurons is free: with any permutation P, W2 P^T act(P W1 x + P b1) + b2 is the same layer, so the sum of
     all experts is the MLP. Raises ValueError if the sizes do not fit.
@@ -153,7 +153,7 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
     order = assignment.argsort(stable=True).to(moe.w1.device)  # [d_ff], expert by expert
     moe.w1.copy_(mlp.c_fc.weight[order].view_as(moe.w1))  # [d_ff, d] -> [E, h, d]
     moe.w2.copy_(mlp.c_proj.weight.t()[order].view_as(moe.w2))  # [d, d_ff] -> [d_ff, d] -> [E, h, d]
-    if mlp.c_fc.bias is not None:  # else they stay zero
+    if mlp.c_fc.bias is not None:  # else they are zero (until fine-tuning)
         moe.b1.copy_(mlp.c_fc.bias[order].view_as(moe.b1))  # [d_ff] -> [E, h]
         moe.b2.copy_(mlp.c_proj.bias)
 
@@ -193,7 +193,7 @@ def fit(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     start = told = time.perf_counter()
     for step in range(steps):
-        [(x, y)] = draw(step)
+        [(x, y)] = draw(step)  # one micro-batch
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=min(50, steps // 10))
         loss = loss_of(x, y, step)
         loss.backward()
@@ -291,7 +291,7 @@ def distill_projections(dense: GPT, draw: Callable, draw_jointly: Callable, step
     alone = max(1, steps // 4)  # three quarters of the steps for training jointly, which matters more
     model = GPT(replace(dense.config, projections="mlp")).to(dense.lm_head.weight.device).requires_grad_(False)
     model.load_state_dict(dense.state_dict(), strict=False)
-    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # in training mode: penalties
+    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # in training mode
     parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
     def loss_alone(x, y, step):
@@ -369,8 +369,8 @@ def relative_flops(config: GPTConfig, counts: list[float] | None) -> float:
 
 @torch.no_grad()
 def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate, turns: int = 5) -> float:
-    """Seconds of the converted model for a batch of windows over the dense model's, in turns; ratio of medians."""
-    x, _ = next(held_out(dense, tokens, EVAL_BATCH))
+    """Seconds of the converted model for one batch of windows over the dense model's, in turns; ratio of medians."""
+    x, _ = next(held_out(dense, tokens, EVAL_BATCH, EVAL_BATCH))
     seconds = ([], [])
     for _ in range(turns):
         for model, g, times in ((dense, None, seconds[0]), (moe, gate, seconds[1])):
@@ -472,7 +472,7 @@ def read_table(folder: Path) -> list[dict]:
     return points
 
 
-def draw(path: Path, tables: list[list[dict]]) -> bool:
+def plot(path: Path, tables: list[list[dict]]) -> bool:
     """Loss above dense in % against FLOPs in %: a curve for each of at most four tables, and for the first one's top-k
     if there is room. -> False, and no picture, without matplotlib. Raises OSError."""
     try:
@@ -515,7 +515,7 @@ def draw(path: Path, tables: list[list[dict]]) -> bool:
 
 def export_gpt2(model: GPT, folder: Path) -> None:
     """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits.
-    Raises ValueError for a converted model and for a folder that holds one already, OSError."""
+    Raises ValueError for a converted model or if the folder exists, OSError."""
     if model.config.num_experts or model.config.projections != "linear":
         raise ValueError("only a dense model can be exported as a GPT-2")
     if folder.exists():
@@ -617,8 +617,9 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
 
 
 def draw_of(stage: int, tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, device) -> Callable:
-    """draw(step) for fit: stages see different windows, stage 0 those that train.py drew from this seed."""
-    return partial(draw_batch, tokens, config.block_size, args.batch_size, args.seed + stage, device=device)
+    """draw(step) for fit. Stages see different windows; 0: projections alone, 1: routers, 2: projections jointly,
+    3: fine-tuning."""
+    return partial(draw_batch, tokens, args.batch_size, config.block_size, args.seed + stage, device=device)
 
 
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
@@ -717,7 +718,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(table[0]["text"] != about for table in tables):
         say("warning: not all of --compare were measured on this text and as many windows")
     write_table(out / "cost_vs_loss.csv", points)
-    with_picture = draw(out / "cost_vs_loss.png", [points, *tables])
+    with_picture = plot(out / "cost_vs_loss.png", [points, *tables])
     wrote = "and .png" if with_picture else "(pip install matplotlib draws it)"
     say(f"\nwrote {out}/cost_vs_loss.csv {wrote} in {time.perf_counter() - start:.0f} s")
     times = [p["time"] for p in points if p["executed"] < 1 and p["loss"] < 1.02 * dense_loss and p["time"] > 0]

@@ -156,6 +156,61 @@ def dynamic_k(norms: Tensor, tau: float) -> Tensor:
     return ~(norms < (1 - tau) * norms.amax(-1, keepdim=True))
 
 
+def neurons_per_expert(neurons: int, num_experts: int) -> int:
+    """h, the neurons of an expert. Raises ValueError unless the experts divide them evenly."""
+    if num_experts < 1 or neurons % num_experts:
+        raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
+    return neurons // num_experts
+
+
+class DynamicKMoE(nn.Module):
+    """An MLP cut into E experts of h neurons each, and the router whose norms decide which of them a token runs.
+
+    The experts' outputs are added without weights, unlike in a Switch or Mixtral layer: the router only selects, so
+    that with all experts executed this is the dense layer it was cut from. Raises ValueError if E does not divide d_ff.
+    """
+
+    def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
+        super().__init__()
+        self.activation = activation
+        h = neurons_per_expert(d_ff, num_experts)
+        self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron; split_mlp fills them
+        self.b1 = nn.Parameter(torch.zeros(num_experts, h))  # [E, h]
+        self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron here too
+        self.b2 = nn.Parameter(torch.zeros(d))  # [d], not per expert: it is added once
+        self.router = router
+
+    def forward(self, x: Tensor, gate: Gate = None) -> tuple[Tensor, Tensor]:
+        """x [..., d] -> y [..., d], executed [..., E] bool"""
+        (*leading, d), E = x.shape, len(self.w1)
+        x = x.reshape(-1, d)  # [N, d]
+        executed = None if gate is None else gate(self.router(x))  # [N, E]
+        y = expert_ffn(x, self.w1, self.b1, self.w2, executed, self.activation) + self.b2  # [N, d]
+        if executed is None:
+            executed = x.new_ones(len(x), E, dtype=torch.bool)  # [N, E]
+        return y.view(*leading, d), executed.view(*leading, E)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Of all experts: x [N, d] -> a [N, E, h]"""
+        z = F.linear(x, self.w1.flatten(0, 1), self.b1.flatten())  # [N, E*h]
+        return ACTIVATIONS[self.activation](z).unflatten(1, self.b1.shape)  # [N, E, h]
+
+    def expert_norms(self, x: Tensor) -> Tensor:
+        """The true norms ||W2_e act(W1_e x + b1_e)||, which the router learns to predict: x [N, d] -> [N, E].
+
+        With the stored w2[e], of shape [h, d], y_e = a_e w2[e], and the square is |y_e|^2 = a_e (w2[e] w2[e]^T) a_e^T:
+        h^2 operations per token instead of h d, and no [N, E, d] in memory.
+        """
+        a = self.activations(x)  # [N, E, h]
+        gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
+        squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)  # [N, E]
+        return squared.clamp(min=0).sqrt()  # rounding can leave a square just below 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baseline: MoEfication
+
+
 def top_k(norms: Tensor, k: int) -> Tensor:
     """Executes the k experts with the largest norms, the same k for every token: MoEfication's rule.
 
@@ -183,57 +238,6 @@ class MoEficationRouter(nn.Module):
         return self.logits(x).sigmoid()
 
 
-def neurons_per_expert(neurons: int, num_experts: int) -> int:
-    """h. Raises ValueError unless the experts divide the neurons evenly."""
-    if num_experts < 1 or neurons % num_experts:
-        raise ValueError(f"{num_experts} experts do not divide {neurons} neurons evenly")
-    return neurons // num_experts
-
-
-class DynamicKMoE(nn.Module):
-    """An MLP cut into E experts of h neurons each, and the router whose norms decide which of them a token runs.
-
-    The experts' outputs are added without weights, unlike in a Switch or Mixtral layer: the router only selects, so
-    that with all experts executed this is the dense layer it was cut from. Raises ValueError if E does not divide d_ff.
-    """
-
-    def __init__(self, d: int, d_ff: int, num_experts: int, activation: str, router: nn.Module):
-        super().__init__()
-        self.activation = activation
-        h = neurons_per_expert(d_ff, num_experts)
-        self.w1 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron
-        self.b1 = nn.Parameter(torch.zeros(num_experts, h))  # [E, h]
-        self.w2 = nn.Parameter(torch.zeros(num_experts, h, d))  # [E, h, d], a row per neuron here too
-        self.b2 = nn.Parameter(torch.zeros(d))  # [d], not per expert: it is added once
-        self.router = router
-
-    def forward(self, x: Tensor, gate: Gate = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, d] -> y [B, T, d], executed [B, T, E] bool"""
-        (B, T, d), E = x.shape, len(self.w1)
-        x = x.reshape(B * T, d)  # [N, d]
-        executed = None if gate is None else gate(self.router(x))  # [N, E]
-        y = expert_ffn(x, self.w1, self.b1, self.w2, executed, self.activation) + self.b2  # [N, d]
-        if executed is None:
-            executed = x.new_ones(B * T, E, dtype=torch.bool)  # [N, E]
-        return y.view(B, T, d), executed.view(B, T, E)
-
-    def activations(self, x: Tensor) -> Tensor:
-        """Of all experts: x [N, d] -> a [N, E, h]"""
-        z = F.linear(x, self.w1.flatten(0, 1), self.b1.flatten())  # [N, E*h]
-        return ACTIVATIONS[self.activation](z).unflatten(1, self.b1.shape)  # [N, E, h]
-
-    def expert_norms(self, x: Tensor) -> Tensor:
-        """The true norms ||W2_e act(W1_e x + b1_e)||, which the router learns to predict: x [N, d] -> [N, E].
-
-        With the stored w2[e], of shape [h, d], y_e = a_e w2[e], and the square is |y_e|^2 = a_e (w2[e] w2[e]^T) a_e^T:
-        h^2 operations per token instead of h d, and no [N, E, d] in memory.
-        """
-        a = self.activations(x)  # [N, E, h]
-        gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
-        squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)  # [N, E]
-        return squared.clamp(min=0).sqrt()  # rounding can leave a square just below 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 
@@ -248,14 +252,14 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128  # d
     d_ff: int = 0  # neurons of a feed-forward layer; 0 means 4 * n_embd
-    bias: bool = True  # in linear layers and layer norms
+    bias: bool = True  # in linear layers and layer norms; experts and projection MLPs always have biases
     activation: str = "relu"  # relu, gelu (exact), gelu_tanh (GPT-2's)
     penalty: str = "hoyer"  # one of PENALTIES: hoyer, l1, none
     layer_norm_epsilon: float = 1e-5
     tie_weights: bool = True  # the LM head is the token embedding
     num_experts: int = 0  # E of each feed-forward layer; 0 means dense
     router: str = "norm"  # norm (the paper's) or moefication (the baseline's)
-    router_width: int = 0
+    router_width: int = 0  # hidden units of each router
     router_power: float = 1.0  # routers regress norm ** power
     projections: str = "linear"  # the four of attention: linear, mlp (projection MLPs) or moe (these split)
     projection_experts: int = 0
@@ -278,7 +282,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if not (0 < self.layer_norm_epsilon < 1 and 0 < self.router_power <= 8):
             raise ValueError("layer_norm_epsilon must lie between 0 and 1 and router_power between 0 and 8")
-        if self.num_experts:
+        if self.num_experts:  # raises if they do not divide
             neurons_per_expert(self.d_ff, self.num_experts)
         if self.projections == "moe":
             neurons_per_expert(self.projection_width, self.projection_experts)
@@ -499,7 +503,7 @@ def flops_per_token(config: GPTConfig, context: float, counts: list[float] | Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: ours, nanoGPT's, Hugging Face's. Each is computed exactly or refused with the reason.
+# Files: ours, nanoGPT's, Hugging Face's. Each is loaded exactly or refused with the reason.
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def tokens_per_second(model: GPT, idx: Tensor, gates: list[Gate], tokens: int, t
     return [statistics.median(results) for results in speeds]
 
 
-def draw(path: Path, tokens: list[str], counts: list[list[int]], experts: list[int]) -> None:
+def plot(path: Path, tokens: list[str], counts: list[list[int]], experts: list[int]) -> None:
     """Tokens x layers, coloured by the share of experts that predicting the token executed. Raises ImportError without
     matplotlib, OSError."""
     from matplotlib.figure import Figure
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             print(shade(piece, shares[-1], shares) if shaded and piece.strip() else piece, end="", flush=True)
         print(show(decoder.decode(b"", final=True)))
         if args.picture and sample == 0 and written:
-            draw(args.picture, [show(piece) for piece in written], counts, experts)
+            plot(args.picture, [show(piece) for piece in written], counts, experts)
 
     measured = min(32, args.max_new_tokens)
     if not experts:

@@ -1222,13 +1222,13 @@ def test_batches_and_schedules_depend_on_seed_and_step_alone(monkeypatch):
     tokens = np.arange(1000, dtype=np.uint16)
     x, y = train.take_windows(tokens, torch.tensor([3, 983]), 16)
     assert torch.equal(x[0], torch.arange(3, 19)) and torch.equal(y, x + 1) and y[1, -1] == 999
-    draw = partial(train.draw_batch, tokens, 16, 12, 1, 1)
+    draw = partial(train.draw_batch, tokens, 12, 16, 1, 1)
     assert [x[:, 0].tolist() for x, _ in draw()] == [draws[3]]
     process, shares = {"is_initialized": True, "get_rank": 0, "get_world_size": 2}, []
     for name in process:
         monkeypatch.setattr(train.dist, name, lambda name=name: process[name])
     for process["get_rank"] in (0, 1):  # two processes share out the same sequences
-        shares += [x[:, 0].tolist() for x, _ in draw(at_once=4)]
+        shares += [x[:, 0].tolist() for x, _ in draw(micro_batch=4)]
     assert [len(s) for s in shares] == [4, 2, 4, 2] and sum(shares, []) == draws[3]
     process["get_world_size"] = 5
     assert "12 sequences per step do not divide among 5" in refused(draw)
@@ -1507,7 +1507,7 @@ def test_projections_learn_from_what_the_linear_layers_read_and_return(monkeypat
 
 
 def training_draw(trained, config, seed=0):
-    return partial(train.draw_batch, tokens_of(trained), config.block_size, 4, seed)
+    return partial(train.draw_batch, tokens_of(trained), 4, config.block_size, seed)
 
 
 def test_projections_are_trained_alone_then_together_by_plain_formula(trained, capsys):
@@ -1693,7 +1693,7 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     copy_run(trained, tmp_path)
     shutil.copy(trained / "d2dmoe.pt", tmp_path)
     before, drawn = (tmp_path / "d2dmoe.pt").read_bytes(), []
-    monkeypatch.setattr(convert, "draw", lambda path, tables: drawn.extend(tables))
+    monkeypatch.setattr(convert, "plot", lambda path, tables: drawn.extend(tables))
     monkeypatch.setattr(convert, "fit", lambda *_: pytest.fail("it trains"))
     arguments = (convert.main, "--ckpt", tmp_path, "--eval", *"--eval_windows 8 --device cpu --taus 0.7 0.9".split())
     run(*arguments, "--compare", trained)
@@ -1731,8 +1731,8 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
 def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, tmp_path, capsys, monkeypatch):
     table, names = convert.read_table(trained), ("better $x_1$ E=8", "moefication E=8", "\u0107 E=4")
     if (trained / "cost_vs_loss.png").exists():  # requirements.txt leaves it out
-        convert.draw(tmp_path / "c.png", [table] + [[row | {"recipe": name} for row in table] for name in names])
-        convert.draw(tmp_path / "c.png", [table])
+        convert.plot(tmp_path / "c.png", [table] + [[row | {"recipe": name} for row in table] for name in names])
+        convert.plot(tmp_path / "c.png", [table])
         for picture in (tmp_path / "c.png", tmp_path / "c-previous.png", trained / "cost_vs_loss.png"):
             assert picture.read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -1870,7 +1870,7 @@ def test_a_picture_of_tokens_by_layers(trained, capsys, tmp_path, monkeypatch):
         assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     drawn, path, picture = [], speaking(tmp_path / "d2dmoe.pt", 256), ["--picture", tmp_path / "q.png"]
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "draw", lambda _, texts, counts, experts: drawn.append([len(texts), len(counts)]))
+        patch.setattr(sample, "plot", lambda _, texts, counts, experts: drawn.append([len(texts), len(counts)]))
         patch.setattr(sample, "find_spec", lambda _: True)  # requirements.txt leaves matplotlib out
         for ending in ([], ["--ignore_end"]):  # it ends at once, both times
             sampled(capsys, path, *picture, "--num_samples", 2, *ending)

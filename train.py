@@ -49,7 +49,7 @@ from d2dmoe import (
 from kernels import ACTIVATIONS
 
 # On Linux, glibc returns large freed tensors to the system, and the next tensor's memory comes back page fault by page
-# fault. Freeing one block of 31 MB raises the size from which it does so: training on a CPU is 7% faster.
+# fault. Freeing one block just below its limit of 32 MB raises the size from which it does so: training is 7% faster.
 torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,57 +66,14 @@ PRESETS = {
     ),
 }  # fmt: skip
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-MODEL = (*SIZES, "bias", "activation", "penalty")  # None if not given: then the checkpoint's or GPTConfig's default
+# None if not given: then the checkpoint's or GPTConfig's default (the penalty is the checkpoint's only on resuming).
+MODEL = (*SIZES, "bias", "activation", "penalty")
 NOT_STORED = ("data", "tokenizer", "init", "out", "preset", "device", *MODEL)  # belong to one call or to the config
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Adds to each option's help its default."""
-
-    def _get_help_string(self, action):
-        told = "(default" in action.help or action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
-        return action.help if told else f"{action.help} (default: %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with examples, and one line for a wrong option."""
-
-    def __init__(self, prog: str, description: str, *examples: str):
-        epilog = "\n  ".join(("examples:", *(f"python {prog} {example}" for example in examples)))
-        super().__init__(prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
-
-    def error(self, message):
-        raise ValueError(f"{message} (see python {self.prog} --help)")
-
-
-def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
-    """An option's type: an int or float from low to high."""
-
-    def parse(text):
-        if not low <= kind(text) <= high:
-            bounds = f"at least {low:g}" if high >= 2**40 else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return parse
-
-
-def as_path(text: str) -> Path:
-    """An option's type: a shell leaves the ~ of --out=~/run to us."""
-    return Path(os.path.expanduser(text))
-
-
-def add_system_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The options that the three scripts have in common."""
-    group = parser.add_argument_group("system")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn at random")
-    return group
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, over the settings of the run that it resumes, or of the preset. Raises ValueError."""
+    """The command line, over the settings of the preset or of the run that it resumes, which its checkpoint tells.
+    Raises ValueError."""
     parser = Parser(
         "train.py", "Train a dense GPT with sparse activations.",
         "--data book.txt --out book", "--init resume --out book --steps 3000",
@@ -136,11 +93,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--n_embd", type=count, help="width d (default: 128)")
     add("--block_size", type=count, help="context in tokens; with --init it may be shorter (default: 128)")
     add("--no_bias", dest="bias", action="store_const", const=False, help="no biases in linear layers and layer norms")
-    add("--activation", choices=ACTIVATIONS, help="with --init another one: ReLUfication (default: the checkpoint's)")
+    add("--activation", choices=ACTIVATIONS, help="with --init another one: ReLUfication (default: relu, or its own)")
     add = parser.add_argument_group("sparsity").add_argument
     add("--penalty", choices=PENALTIES, help="on feed-forward activations (default: hoyer; on resuming, the run's)")
     add("--alpha", type=non_negative, default=1e-3, help="weight of the penalty; for L1 a smaller one (see the preset)")
-    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which alpha grows from 0")
+    add("--alpha_ramp", type=number(float, 0, 1), default=0.5, help="share of the steps in which alpha grows; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=count, default=1500, help="optimizer steps")
     add("--batch_size", type=count, default=16, help="sequences that a process computes at once, at most")
@@ -170,7 +127,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     elif args.init != "scratch":  # a checkpoint has its own sizes and tokens
         settings = {k: v for k, v in settings.items() if k not in (*SIZES, "tokenizer")}
     parser.set_defaults(**settings)
-    return parser.parse_args(argv)
+    return parser.parse_args(argv)  # once more: the command line comes before these
 
 
 def as_words(args: argparse.Namespace) -> list[str]:
@@ -201,15 +158,15 @@ def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, device="c
 
 
 def draw_batch(
-    tokens: np.ndarray, block_size: int, sequences: int, seed: int, step: int, device="cpu", at_once: int = 0
+    tokens: np.ndarray, sequences: int, block_size: int, seed: int, step: int, device="cpu", micro_batch: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """A step's (x, y), each [B, T]: this process's share of the sequences, in pieces of at most `at_once` (0: in one).
-    Raises ValueError if the sequences do not divide among the processes of torchrun."""
+    """A step's (x, y), each [B, T]: this process's share of the sequences, in micro-batches of at most `micro_batch`
+    (0: in one). Raises ValueError if the sequences do not divide among the processes of torchrun."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if sequences % world:
         raise ValueError(f"{sequences} sequences per step do not divide among {world} processes")
     offsets = draw_offsets(len(tokens), sequences, block_size, seed, step).chunk(world)[rank]
-    return [take_windows(tokens, o, block_size, device) for o in offsets.split(at_once or sequences)]
+    return [take_windows(tokens, o, block_size, device) for o in offsets.split(micro_batch or sequences)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +174,8 @@ def draw_batch(
 
 
 def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evenly spaced windows: inputs and targets [B, T], B such that logits take 256 MB at most. Raises ValueError if
-    windows or batch_size is below 1, or there are fewer tokens than one context."""
+    """Evenly spaced windows: inputs and targets [B, T], B such that logits take 256 MB at most. Raises ValueError, when
+    the first are asked for, if windows or batch_size is below 1 or there are fewer than block_size + 1 tokens."""
     T, V = model.config.block_size, model.config.vocab_size
     last = len(tokens) - T - 1
     if windows < 1 or batch_size < 1 or last < 0:
@@ -234,16 +191,16 @@ def evaluate(
 ) -> tuple[float, list[Tensor]]:
     """Mean loss in nats per token over evenly spaced windows of held-out text; and for each of model.layers() the
     number of experts that every token executed, [windows * T] (no entries for a dense model). Raises ValueError."""
-    training, total, predicted, counts = model.training, 0.0, 0, []
+    training, total, num_tokens, counts = model.training, 0.0, 0, []
     model.eval()
     for x, y in held_out(model, tokens, windows, batch_size):
         logits, aux = model(x, gate)  # [B, T, V]
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        predicted += y.numel()
+        num_tokens += y.numel()
         if model.config.num_experts:
             counts.append([executed.sum(-1).flatten().cpu() for executed in aux])  # [B, T, E] -> [B*T]
     model.train(training)
-    return total / predicted, [torch.cat(parts) for parts in zip(*counts)]
+    return total / num_tokens, [torch.cat(parts) for parts in zip(*counts)]
 
 
 @torch.no_grad()
@@ -261,6 +218,13 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipe
+
+
+def check_finite(step: int, *values: float) -> None:
+    """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
+    if not all(map(math.isfinite, values)):
+        advice = "try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
+        raise ValueError(f"step {step}: loss, gradient or weights are not finite; the last save is untouched: {advice}")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float = 0.1) -> float:
@@ -306,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     text = fingerprint(train_tokens, val_tokens, checkpoint)
     facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
-    draw = partial(draw_batch, train_tokens, config.block_size, sequences, args.seed, device=device,
-                   at_once=args.batch_size)  # fmt: skip
+    draw = partial(draw_batch, train_tokens, sequences, config.block_size, args.seed, device=device,
+                   micro_batch=args.batch_size)  # fmt: skip
 
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -352,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
                 synchronize = world == 1 or i == len(current) - 1  # gradients are averaged over processes once per step
                 with contextlib.nullcontext() if synchronize else step_model.no_sync(), autocast:
                     loss, cross_entropy = training_loss(step_model, x, y, alpha)
-                    # This piece's part in the mean over the step's sequences; times world, by which DDP divides.
+                    # The micro-batch's part in the mean over the step's sequences; times world, by which DDP divides.
                     weight = len(x) * world / sequences
                     (weight * loss).backward()
                 total += weight * cross_entropy.detach()
@@ -392,11 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_finite(step: int, *values: float) -> None:
-    """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
-    if not all(map(math.isfinite, values)):
-        advice = "try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
-        raise ValueError(f"step {step}: loss, gradient or weights are not finite; the last save is untouched: {advice}")
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting and resuming
 
 
 def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | None) -> GPT:
@@ -406,7 +367,8 @@ def initial_model(args: argparse.Namespace, base: GPT | None, tokenizer: str | N
         return GPT(GPTConfig(vocab_size=vocabulary(tokenizer), **given))
     if base.config.num_experts or base.config.projections != "linear":
         raise ValueError(f"--init {args.init} is a converted model: training starts from a dense one")
-    own, free = vars(base.config), () if args.init == "resume" else ("block_size", "activation", "penalty")
+    own = vars(base.config)
+    free = () if args.init == "resume" else ("block_size", "activation", "penalty")
     for name, value in given.items():
         if name not in free and value != own[name]:
             option = "no_bias" if name == "bias" else name
@@ -659,6 +621,51 @@ def find_tokens(
 # Plumbing that the three scripts share
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Adds to each option's help its default."""
+
+    def _get_help_string(self, action):
+        told = "(default" in action.help or action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with examples, and one line for a wrong option."""
+
+    def __init__(self, prog: str, description: str, *examples: str):
+        epilog = "\n  ".join(("examples:", *(f"python {prog} {example}" for example in examples)))
+        super().__init__(prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(f"{message} (see python {self.prog} --help)")
+
+
+def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
+    """An option's type: an int or float from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            bounds = f"at least {low:g}" if high >= 2**40 else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def as_path(text: str) -> Path:
+    """An option's type: a shell leaves the ~ of --out=~/run to us."""
+    return Path(os.path.expanduser(text))
+
+
+def add_system_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that the three scripts have in common."""
+    group = parser.add_argument_group("system")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the best there is")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn at random")
+    return group
+
+
 def printable(text: str) -> str:
     """Control characters, which could drive a terminal, as escapes; newlines and tabs pass."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -686,7 +693,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = 128 + signal.SIGINT
         say("\ninterrupted; files are complete or as they were", error=True)
     except BrokenPipeError:  # who read our output has left, as head does
-        status = 128 + 13
+        status = 128 + 13  # SIGPIPE's
     except (ValueError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}", error=True)
     except (MemoryError, RuntimeError) as error:
@@ -714,8 +721,8 @@ def noted_signals() -> Iterator[list[tuple[int, float]]]:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):  # no SIGHUP on Windows; only the main thread may ask
-            if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # nohup's, or a script's &
-                before[number] = signal.signal(number, note)
+            if signal.getsignal(signum := getattr(signal, name)) != signal.SIG_IGN:  # nohup's, or a script's &
+                before[signum] = signal.signal(signum, note)
     try:
         yield stop
     finally:
@@ -754,9 +761,9 @@ def keep_previous(path: Path) -> None:
     so that writing over it loses nothing, and says so. Raises OSError."""
     if not path.exists():
         return
-    number = 1
-    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{number}' if number > 1 else ''}")):
-        number += 1
+    n = 1
+    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{n}' if n > 1 else ''}")):
+        n += 1
     give_name(path, kept)
     say(f"the {path.name} that was in {path.parent} stays as {kept}")
 
