@@ -2123,14 +2123,14 @@ def test_a_run_never_changes_the_tokens_of_a_folder(trained, tmp_path):
 
 def stop_at(monkeypatch, step):
     """From now on a training gets SIGTERM in the middle of its step of that number, counted from 1."""
-    plain, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    plain, calls = train.training_loss, itertools.count(1)
 
-    def clip(*arguments):
+    def training_loss(*arguments):
         if next(calls) == step:
             signal.raise_signal(signal.SIGTERM)
         return plain(*arguments)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(train, "training_loss", training_loss)
 
 
 def test_a_stop_or_a_loss_that_is_not_finite_spares_the_checkpoint(trained, tmp_path, monkeypatch, capsys):

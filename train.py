@@ -283,8 +283,6 @@ def main(argv: list[str] | None = None) -> int:
     owns = resuming and f"--steps={args.steps}" in checkpoint["arguments"]
     del checkpoint, base  # frees their weights and moments, which have been copied
     step_model = torch.compile(model) if args.compile else model
-    if world > 1:
-        step_model = torch.nn.parallel.DistributedDataParallel(step_model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def save(step: int) -> None:
@@ -311,22 +309,20 @@ def main(argv: list[str] | None = None) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.final_lr)
             alpha = penalty_weight(step, args.steps, args.alpha, args.alpha_ramp)
-            current, total = upcoming, torch.zeros((), device=device)
-            for i, (x, y) in enumerate(current):
-                synchronize = world == 1 or i == len(current) - 1  # gradients are averaged over processes once per step
-                with contextlib.nullcontext() if synchronize else step_model.no_sync(), autocast:
+            total = torch.zeros((), device=device)
+            for x, y in upcoming:
+                weight = len(x) / sequences  # the micro-batch's part in the mean over the step's sequences
+                with autocast:
                     loss, cross_entropy = training_loss(step_model, x, y, alpha)
-                    # The micro-batch's part in the mean over the step's sequences; times world, by which DDP divides.
-                    weight = len(x) * world / sequences
                     (weight * loss).backward()
                 total += weight * cross_entropy.detach()
             upcoming = draw(done)  # the next step's, read and queued while a GPU computes
+            signals = torch.tensor(float(len(stop)), device=device)
+            if world > 1:  # sums over the processes, so that all go on, or stop, alike
+                for t in (total, signals, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(t)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-            state = torch.stack([total, norm, torch.tensor(float(len(stop)), device=device)])  # [3]
-            if world > 1:
-                dist.all_reduce(state)  # one decision for all processes
-                state[:2] /= world
-            total, norm, stopping = state.tolist()
+            total, norm, stopping = torch.stack([total, norm, signals]).tolist()
             check_finite(done, total, norm)
             optimizer.step()
             optimizer.zero_grad()
