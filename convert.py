@@ -465,9 +465,9 @@ def read_table(folder: Path) -> list[dict]:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []  # a pipe would be waited for
         rows = list(csv.DictReader(lines))
         points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
-        points = [p for p in points if math.isfinite(p["loss"])]
+        points = [p for p in points if math.isfinite(p["loss"] / p["dense_loss"])]
         points[0]  # an empty table cannot be drawn
-    except (csv.Error, LookupError, TypeError, ValueError):
+    except (ArithmeticError, csv.Error, LookupError, TypeError, ValueError):
         raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there") from None
     return points
 
@@ -515,11 +515,11 @@ def plot(path: Path, tables: list[list[dict]]) -> bool:
 
 def export_gpt2(model: GPT, folder: Path) -> None:
     """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits.
-    Raises ValueError for a converted model or if the folder exists, OSError."""
+    Raises ValueError for a converted model and for a folder that is not empty, OSError."""
     if model.config.num_experts or model.config.projections != "linear":
         raise ValueError("only a dense model can be exported as a GPT-2")
-    if folder.exists():
-        raise ValueError(f"{folder} exists: --export takes a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: --export takes a new folder")
     c, weights = model.config, {}
     for name, w in model.state_dict().items():
         is_linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
@@ -619,7 +619,7 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
 def draw_of(stage: int, tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, device) -> Callable:
     """draw(step) for fit. Stages see different windows; 0: projections alone, 1: routers, 2: projections jointly,
     3: fine-tuning."""
-    return partial(draw_batch, tokens, args.batch_size, config.block_size, args.seed + stage, device=device)
+    return partial(draw_batch, tokens, args.batch_size, config, args.seed + stage, device=device)
 
 
 def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
@@ -634,7 +634,7 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     if (args.split or RECIPES[args.recipe]["split"]) == "coactivation":
         T = config.block_size  # about 8,192 tokens; no training has a step -1, and every process draws the same
         offsets = draw_offsets(len(tokens), max(1, 8192 // T), T, args.seed, step=-1)
-        sample, _ = take_windows(tokens, offsets, T, device)
+        sample, _ = take_windows(tokens, offsets, config, device)
     split_model(unsplit, moe, sample, args.seed)
     if dist.is_initialized():  # the same experts everywhere, whatever each machine's arithmetic
         for p in moe.parameters():
@@ -667,14 +667,16 @@ def main(argv: list[str] | None = None) -> None:
             converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
         tables = [read_table(folder) for folder in args.compare]
         lock = claim(out) if rank == 0 else None  # noqa: F841
-        if args.data is None and not (home / "train.bin").exists() and not (home / "val.bin").exists():
+        beside = [folder for folder in (home, out / "text") if (folder / "train.bin").exists()]
+        if args.data is None and not beside:
             raise FileNotFoundError(f"no train.bin and val.bin beside {args.ckpt}: --data takes their folder, or text")
-        data = args.data or f"{home}/"  # the slash: even if the folder is named stdlib
+        data = args.data or f"{beside[0]}/"  # the slash: even if the folder is named stdlib
         folder, tokenizer = find_tokens(data, args.tokenizer, checkpoint["tokenizer"], dense)
         if folder is None and rank == 0:
             put_tokens(None, data, tokenizer, out / "text", dense.config)
         tokens, val_tokens = open_tokens(folder or out / "text", dense.config)
-    text = fingerprint(tokens, val_tokens, checkpoint)
+        say(f"{len(tokens):,} training and {len(val_tokens):,} held-out tokens of {data}")
+    text = fingerprint(tokens, val_tokens, {} if args.eval else checkpoint)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     checksum = 0  # tells one dense model from another
     for p in dense.parameters():

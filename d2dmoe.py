@@ -27,6 +27,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import warnings
@@ -519,7 +520,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        cause = error.__context__ or error
+        if isinstance(error, OSError) and error.errno is None:  # raised for another file, with its own message
+            raise
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
     finally:
@@ -549,9 +552,13 @@ def read_weights(path: Path) -> dict:
                 raise ValueError(f"its {damaged} is damaged")
     with warnings.catch_warnings():  # torch's about foreign pickles, which it then refuses
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
+        raw = torch.load(path, map_location="cpu", weights_only=True)  # unpickling objects could execute code
+    if not isinstance(raw, dict):
+        raise ValueError(f"it holds a {type(raw).__name__}, not a checkpoint")
+    return raw
 
 
+OBJECT = r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)"  # in what torch.load says of a pickle that names one
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
 
 # Of a GPT-2's config.json: its names for GPTConfig's fields and for activations, and the fields that change the
@@ -573,14 +580,42 @@ GPT2_SIZES = {  # n_layer and n_embd of what is published; a head is always 64 w
 }  # fmt: skip
 
 
-def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, Tensor], dict]:
+def read_json(path: Path) -> dict:
+    """Raises ValueError, OSError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its {path.name} is damaged ({error})") from None
+
+
+def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
+    """Raises ValueError if a field is missing, or one is set that may change the computation in ways unknown here."""
+    if missing := required - given.keys():
+        raise ValueError(f"its {what} lacks {', '.join(sorted(missing))}: this format is not known here")
+    if unknown := sorted(str(k) for k, value in given.items() if k not in allowed and value):
+        raise ValueError(f"its {what} sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
+
+
+def bare(weights: dict) -> dict[str, Tensor]:
+    """Without the prefixes of torch.compile and DataParallel and without causal masks. Raises ValueError."""
+    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
+    if any("lora_" in k for k in weights):
+        raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
+    if others := [k for k, w in weights.items() if not isinstance(w, Tensor)]:
+        raise ValueError(f"it is nothing that is known here: {', '.join(others[:5])} should be tensors")
+    return {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
+
+
+def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dict[str, Tensor], dict]:
     """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json. Weights alone do
     not tell n_head, the activation or the epsilon: then only GPT2_SIZES are accepted. Raises ValueError."""
-    hf = json.loads(config_json.read_text(encoding="utf-8")) if config_json.is_file() else None
+    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
+    hf = None if config_json is None else read_json(config_json)
     if hf is not None and hf.get("model_type") != "gpt2":
         raise ValueError(f"it is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
-    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-    if "h.0.attn.c_attn.weight" not in weights:
+    if (hf is None or hf.get("tie_word_embeddings", True)) and "lm_head.weight" in weights:
+        weights.setdefault("wte.weight", weights["lm_head.weight"])  # of the tied two a file may hold either
+    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= weights.keys() or weights["wte.weight"].dim() != 2:
         raise ValueError(f"it does not hold a GPT-2: it has {', '.join(list(weights)[:3])}")
     if hf is None:
         n_layer = len({k.split(".")[1] for k in weights if k.startswith("h.")})
@@ -591,50 +626,49 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, 
                 "save_pretrained wrote, with its config.json, or nanoGPT's checkpoint with its model_args"
             )
         hf = dict(n_layer=n_layer, n_head=d // 64, n_embd=d, n_positions=positions, vocab_size=V)
-    if wrong := {k: hf[k] for k, value in HF_FIXED.items() if bool(hf.get(k, value)) != value}:
+    check_fields(hf, {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}, hf.keys(), "config.json")
+    wrong = {k: hf[k] for k, value in HF_FIXED.items() if bool(hf.get(k, value)) != value}
+    if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):  # it may be unhashable
+        wrong["activation_function"] = activation
+    if wrong:
         raise ValueError(f"its config.json sets {wrong}: {NOT_IMPLEMENTED}")
-    given = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
-    config = dict(activation="gelu_new", bias=True, penalty="none", tie_weights=True) | given
-    config["activation"] = HF_ACTIVATIONS.get(config["activation"], config["activation"])
-    if config["tie_weights"] and "lm_head.weight" in weights:
-        weights.setdefault("wte.weight", weights["lm_head.weight"])  # of the tied two a file may hold either
+    config = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if theirs in hf}
+    config |= dict(activation=HF_ACTIVATIONS[activation], d_ff=hf.get("n_inner") or 0, penalty="none")
     for k, w in weights.items():
         if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weights[k] = w.t().contiguous()  # stored as [in, out]
     return {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in weights.items()}, config
 
 
-def recognise(raw: dict, config_json: Path) -> tuple[dict[str, Tensor], GPTConfig, dict]:
-    """Weights, config and whatever else a loaded file holds; its own fields tell whose it is. config_json: the file of
-    that name beside it, which only GPT-2's need. Raises ValueError with the reason and the next step."""
-    key = next((key for key in ("model", "state_dict", "model_state_dict") if isinstance(raw.get(key), dict)), None)
-    weights, rest = (raw[key], {k: v for k, v in raw.items() if k != key}) if key else (raw, {})
-    # Without the prefixes of torch.compile and DataParallel, and without causal masks
-    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
-    weights = {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
-    if any("lora_" in k for k in weights):
-        raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-    if isinstance(rest.get("model_args"), dict):  # nanoGPT
-        wte, with_bias = weights["transformer.wte.weight"], "transformer.ln_f.bias" in weights
-        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
-        defaults = dict(activation="gelu", bias=with_bias, penalty="none", tie_weights=tied)
-        config, rest = defaults | rest["model_args"] | {"dropout": None}, {}  # dropout changes nothing here
-    elif isinstance(rest.get("config"), dict):  # ours
-        config = rest.pop("config")
-    else:
-        weights, config = from_gpt2(weights, config_json)
-    required = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "penalty"}
-    if missing := required - config.keys():
-        raise ValueError(f"its config lacks {', '.join(sorted(missing))}: this format is not known here")
+def recognise(raw: dict, config_json: Path | None) -> tuple[dict[str, Tensor], GPTConfig, dict]:
+    """Weights, config and what else a loaded file holds, "tokenizer" in any case; its own fields tell whose it is.
+    config_json: the file of that name beside it, if any. Raises ValueError with the reason and the next step."""
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
-    if config.get("num_experts") and earlier & config.keys():
-        raise ValueError("it was converted by an earlier version: run convert.py again")
-    if unknown := sorted(str(k) for k, value in config.items() if k not in fields | earlier and value):
-        raise ValueError(f"its config sets {', '.join(unknown)}: {NOT_IMPLEMENTED}")
-    rest.setdefault("tokenizer", "gpt2" if config["vocab_size"] in (50257, 50304) else None)  # nanoGPT pads to 50304
-    if not isinstance(rest["tokenizer"], str | None):
-        raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
+    sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    rest = {}
+    if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
+        weights, given = bare(raw["model"]), raw["model_args"]
+        check_fields(given, sizes, sizes | {"bias", "dropout"}, "model_args")
+        wte = weights["transformer.wte.weight"]
+        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
+        config = dict(bias="transformer.ln_f.bias" in weights, activation="gelu", penalty="none", tie_weights=tied)
+        config |= {k: v for k, v in given.items() if k in fields}
+        rest["tokenizer"] = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
+    elif isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
+        weights, config = bare(raw["model"]), raw["config"]
+        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
+        check_fields(config, sizes | {"bias", "activation", "penalty"}, fields | earlier, "config")
+        if config.get("num_experts") and earlier & config.keys():
+            raise ValueError("it was converted by an earlier version: run convert.py again")
+        rest = {"tokenizer": None} | {k: v for k, v in raw.items() if k not in ("model", "config")}
+        if not isinstance(rest["tokenizer"], str | None):
+            raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
+    else:
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(raw.get(key), dict):
+                return recognise(raw[key], config_json)
+        weights, config = from_gpt2(bare(raw), config_json)
+        rest["tokenizer"] = "gpt2" if config["vocab_size"] == 50257 else None
     return weights, GPTConfig(**{k: v for k, v in config.items() if k in fields}), rest
 
 
@@ -667,7 +701,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
         known = (*names, *HF_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")  # PEFT's: recognise tells
         path = next((path / name for name in known if (path / name).exists()), path / names[-1])
     if not path.is_file() and str(source) in GPT2_SIZES:
-        path = Path(torch.hub.get_dir(), "checkpoints", f"{source}.bin")
+        path = Path(torch.hub.get_dir(), "checkpoints", source, "pytorch_model.bin")
     elif not path.is_file():  # nor a pipe, which would be waited for
         raise FileNotFoundError(
             f"no checkpoint at {path}: train.py writes ckpt.pt, and convert.py makes d2dmoe.pt of it; run them first, "
@@ -681,23 +715,24 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
             torch.hub.download_url_to_file(url, str(path))
         files = [path]
         if path.name.endswith(".index.json"):  # of a model in several files
-            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = read_json(path)["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
-        weights, config, rest = recognise(raw, path.with_name("config.json"))
+        config_json = path.with_name("config.json")
+        weights, config, rest = recognise(raw, config_json if config_json.is_file() else None)
         return build_model(weights, config), rest
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
         reason = " ".join(str(error).split()).partition(". ")[0][:300]  # PyTorch's first sentence
         if not path.exists():
             reason = f"{reason}: connect to the internet, or give the path of a copy"
-        elif found := re.search(r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)", str(error)):
+        elif isinstance(error, pickle.UnpicklingError) and (found := re.search(OBJECT, str(error))):
             reason = (
                 f"it holds an object of {found[1]}, and loading objects can run code: save the state dict alone, as "
                 "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
             )
-        elif not isinstance(error, ValueError | OSError):
+        elif type(error) is not ValueError and not getattr(error, "filename", None):  # neither ours, nor of a shard
             reason = f"it is damaged, or nothing that is known here ({type(error).__name__}: {reason})"
-        raise ValueError(f"{source} cannot be loaded: {reason}") from error
+        raise ValueError(f"{path if path.exists() else source} cannot be loaded: {reason}") from error
 
 
 def load_model(source: str | Path) -> GPT:

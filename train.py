@@ -147,9 +147,11 @@ def draw_offsets(length: int, sequences: int, block_size: int, seed: int, step: 
     return torch.randint(length - block_size, (sequences,), generator=generator)
 
 
-def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] int64, on a device, of the windows that start at offsets [B]."""
-    windows = np.stack([tokens[o : o + block_size + 1] for o in offsets.tolist()])  # [B, T+1]
+def take_windows(tokens: np.ndarray, offsets: Tensor, config: GPTConfig, device="cpu") -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] int64, on a device, of the windows that start at offsets [B]. Raises ValueError for a
+    token outside of the vocabulary."""
+    windows = np.stack([tokens[o : o + config.block_size + 1] for o in offsets.tolist()])  # [B, T+1]
+    check_vocabulary(windows, config)
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
         windows = windows.pin_memory()
@@ -157,16 +159,23 @@ def take_windows(tokens: np.ndarray, offsets: Tensor, block_size: int, device="c
     return windows[:, :-1], windows[:, 1:]
 
 
+def check_vocabulary(tokens: np.ndarray, config: GPTConfig, source: str | Path = "the text") -> None:
+    """Raises ValueError, where PyTorch would fail on a GPU without a word of the cause."""
+    if tokens.max() >= config.vocab_size:
+        outside = f"token {tokens.max()} lies outside the vocabulary of {config.vocab_size}"
+        raise ValueError(f"{source}: {outside}: are --data and --tokenizer right?")
+
+
 def draw_batch(
-    tokens: np.ndarray, sequences: int, block_size: int, seed: int, step: int, device="cpu", micro_batch: int = 0
+    tokens: np.ndarray, sequences: int, config: GPTConfig, seed: int, step: int, device="cpu", micro_batch: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
     """A step's (x, y), each [B, T]: this process's share of the sequences, in micro-batches of at most `micro_batch`
     (0: in one). Raises ValueError if the sequences do not divide among the processes of torchrun."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if sequences % world:
         raise ValueError(f"{sequences} sequences per step do not divide among {world} processes")
-    offsets = draw_offsets(len(tokens), sequences, block_size, seed, step).chunk(world)[rank]
-    return [take_windows(tokens, o, block_size, device) for o in offsets.split(micro_batch or sequences)]
+    offsets = draw_offsets(len(tokens), sequences, config.block_size, seed, step).chunk(world)[rank]
+    return [take_windows(tokens, o, config, device) for o in offsets.split(micro_batch or sequences)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def held_out(model: GPT, tokens: np.ndarray, windows: int, batch_size: int = 16)
         raise ValueError(f"evaluation needs windows and batch_size of 1 or more, and {T + 1} tokens")
     offsets = torch.linspace(0, last, min(windows, last + 1), dtype=torch.float64).long()  # float32 is exact to 2^24
     for some in offsets.split(max(1, min(batch_size, 2**26 // (T * V)))):
-        yield take_windows(tokens, some, T, model.lm_head.weight.device)
+        yield take_windows(tokens, some, model.config, model.lm_head.weight.device)
 
 
 @torch.no_grad()
@@ -270,8 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     text = fingerprint(train_tokens, val_tokens, checkpoint)
     facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
-    draw = partial(draw_batch, train_tokens, sequences, config.block_size, args.seed, device=device,
-                   micro_batch=args.batch_size)  # fmt: skip
+    draw = partial(
+        draw_batch, train_tokens, sequences, config, args.seed, device=device, micro_batch=args.batch_size
+    )
 
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -296,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         owns = True
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
-    sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens"
+    sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens of {data}"
     say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)\nlosses: cross entropy, nats per token; "
         "zeros: share of the activations; active: neurons per layer, effectively (square Hoyer)")  # fmt: skip
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
@@ -452,10 +462,10 @@ def own_tokenizer(folder: Path) -> str | None:
         meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         if re.fullmatch("bytes|gpt2|characters:.+", name := str(meta.get("tokenizer")), re.DOTALL):  # ours
             return name
-        alphabet = "".join(meta["itos"][i] for i in range(len(meta["itos"])))
-        if not len(set(alphabet)) == len(alphabet) == len(meta["itos"]) > 0:
+        letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        if not letters or len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
             raise ValueError("not one character a token")
-        return f"characters:{alphabet}"
+        return "characters:" + "".join(letters)
     except Exception as error:  # a foreign or damaged pickle can raise nearly anything
         known = "a tokenizer known here, or nanoGPT's character table"
         raise ValueError(f"{path} does not name {known} ({error}): move it away, and add --tokenizer") from None
@@ -495,9 +505,11 @@ def as_text(content: bytes) -> str | None:
         return None
 
 
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cut between a word and the space or newline after it, where GPT-2 splits anyway: the tokens do not change."""
-    return (piece[0] for piece in re.finditer(rf"(?s).{{1,{size}}}(?:.*?\S(?=[ \n])|.*)", text))
+def pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
+    """Cut between a word and the space or newline after it, where GPT-2 splits anyway: the tokens do not change. (If
+    there is none for long, it is cut all the same.)"""
+    pattern = rf"(?s).{{1,{size}}}(?:.{{0,{size}}}?\S(?=[ \n])|.{{0,{size}}})"
+    return (piece[0] for piece in re.finditer(pattern, text))
 
 
 def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
@@ -509,8 +521,8 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
         for i, file in enumerate(files, 1):
             try:
                 text = as_text(file.read_bytes())
-            except OSError:
-                text = None
+            except OSError as error:
+                raise ValueError(f"cannot read {file}: {error.strerror}") from None
             if text is None:
                 continue
             texts += 1
@@ -522,21 +534,20 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
                     say(f"encoding file {i} of {len(files)}, {(train.tell() + val.tell()) // 2:,} tokens so far")
             part.write(np.array(end, dtype=np.uint16).tobytes())
         if texts == 0:
-            wanted = "UTF-8 text that can be read, nor a folder with train.bin and val.bin"
-            raise ValueError(f"{data} is not {wanted}: give one as --data")
+            raise ValueError(f"{data} is not UTF-8 text, nor a folder with train.bin and val.bin: give one as --data")
         if texts < 10:
             length = train.tell() // 2
             train.seek(2 * (length - length // 10))
             val.write(train.read())
             train.truncate(2 * (length - length // 10))
     if texts < len(files):
-        say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text that can be read, and were left out")
+        say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
 
 
 def open_tokens(folder: Path, config: GPTConfig) -> list[np.ndarray]:
     """Training and held-out tokens, mapped from disk. Raises ValueError if they are something else or too few,
     FileNotFoundError."""
-    opened, T, V = [], config.block_size, config.vocab_size
+    opened, T = [], config.block_size
     for path in (folder / "train.bin", folder / "val.bin"):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
@@ -551,9 +562,7 @@ def open_tokens(folder: Path, config: GPTConfig) -> list[np.ndarray]:
             raise ValueError(f"{path} is not a plain file of uint16 tokens: a header, an odd size or wider tokens")
         if as_text(start.tobytes()) is not None:
             raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
-        if start.max() >= V:
-            outside = f"token {start.max()} lies outside the vocabulary of {V}"
-            raise ValueError(f"{path}: {outside}: are --data and --tokenizer right?")
+        check_vocabulary(start, config, path)  # the rest is checked as it is read
         opened.append(tokens)
     return opened
 
@@ -575,8 +584,16 @@ def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path,
         other = f"{out} has tokens of another text or tokenizer"
         raise ValueError(f"{other}: choose another --out, or delete its train.bin, val.bin and meta.pkl")
     for source, path in pairs:
-        if not path.exists():
-            give_name(source, path)
+        if path.exists():
+            continue
+        path.unlink(missing_ok=True)  # a link to nowhere
+        if folder is None:
+            os.replace(source, path)
+            continue
+        try:
+            os.link(source.resolve(), path)  # a second name of the same file
+        except OSError:  # another file system
+            path.symlink_to(source.resolve())
     if tokenizer is not None and named is None:
         with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
             pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
@@ -671,7 +688,7 @@ def say(text: str = "", error: bool = False) -> None:
     """Writes a line to stdout, from rank 0, or an error to stderr. A closed pipe or full disk behind > ends no run."""
     if error or not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+            print(printable(text) + "\n", end="", file=sys.stderr if error else sys.stdout, flush=True)
         except (OSError, ValueError):  # to nowhere, or Python fails again as it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if error else 1)
 
@@ -744,14 +761,6 @@ def claim(folder: Path) -> BinaryIO:
     return lock
 
 
-def give_name(path: Path, name: Path) -> None:
-    """A second name for a file, a copy where the file system has none. Raises OSError."""
-    try:
-        os.link(path.resolve(), name)
-    except OSError:
-        shutil.copyfile(path, name)
-
-
 def keep_previous(path: Path) -> None:
     """Gives an existing file a second name that no file has yet, NAME-previous.pt, else NAME-previous-2.pt and so on,
     so that writing over it loses nothing, and says so. Raises OSError."""
@@ -760,7 +769,10 @@ def keep_previous(path: Path) -> None:
     n = 1
     while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{n}' if n > 1 else ''}")):
         n += 1
-    give_name(path, kept)
+    try:
+        os.link(path.resolve(), kept)
+    except OSError:  # a file system without hard links, or a link to another one
+        shutil.copyfile(path, kept)
     say(f"the {path.name} that was in {path.parent} stays as {kept}")
 
 
