@@ -627,7 +627,8 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dic
             )
         hf = dict(n_layer=n_layer, n_head=d // 64, n_embd=d, n_positions=positions, vocab_size=V)
     check_fields(hf, {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}, hf.keys(), "config.json")
-    wrong = {k: hf[k] for k, value in HF_FIXED.items() if bool(hf.get(k, value)) != value}
+    # None, False and {} all mean that a field is not set.
+    wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
     if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):  # it may be unhashable
         wrong["activation_function"] = activation
     if wrong:
@@ -731,7 +732,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
                 "torch.save({'model': model.state_dict(), 'model_args': ...}) in nanoGPT's train.py does"
             )
         elif type(error) is not ValueError and not getattr(error, "filename", None):  # neither ours, nor of a shard
-            reason = f"it is damaged, or nothing that is known here ({type(error).__name__}: {reason})"
+            reason = f"it is damaged, incomplete, or nothing that is known here ({type(error).__name__}: {reason})"
         raise ValueError(f"{path if path.exists() else source} cannot be loaded: {reason}") from error
 
 
