@@ -307,8 +307,9 @@ def main(argv: list[str] | None = None) -> int:
 
     millions, quoted = sum(p.numel() for p in model.parameters()) / 1e6, shlex.quote(str(args.out))
     sizes = f"{len(train_tokens):,} training and {len(val_tokens):,} held-out tokens of {data}"
-    say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)\nlosses: cross entropy, nats per token; "
-        "zeros: share of activations that are 0; active: effective number of neurons per layer (square Hoyer)")  # fmt: skip
+    say(f"{millions:.2f}M parameters, {sizes}, {device}, {world} process(es)")
+    say("losses: cross entropy in nats per token; zeros: share of activations that are zero;")
+    say("active: effective number of active neurons per layer (square Hoyer)")
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
     probe, _ = next(held_out(model, val_tokens, windows=16))  # [B, T]
     losses, clock, since = [], time.perf_counter(), first
