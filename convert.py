@@ -468,7 +468,7 @@ def read_table(folder: Path) -> list[dict]:
         points = [p for p in points if math.isfinite(p["loss"] / p["dense_loss"])]
         points[0]  # an empty table cannot be drawn
     except (ArithmeticError, csv.Error, LookupError, TypeError, ValueError):
-        raise ValueError(f"{path} is not a table that this version wrote: run convert.py --eval there") from None
+        raise ValueError(f"{path} is missing, or no table of this version: run convert.py --eval there") from None
     return points
 
 

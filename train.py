@@ -431,7 +431,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the network, a proxy or a full disk raise
         cache = "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cache, whose files are named by the sha1 of their URL"
-        raise OSError(f"no GPT-2 tokenizer ({error!r:.99}): connect to the internet once, or set {cache}") from None
+        why = type(error).__name__
+        raise OSError(f"no GPT-2 tokenizer ({why}): connect to the internet once, or set {cache}") from None
 
 
 def vocabulary(name: str) -> int:
@@ -573,32 +574,34 @@ def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path,
     tokenizer's name. One folder, one text: once there, tokens never change, so that they are those of every model
     beside them. Raises ValueError if `out` has others, or if these are none for this config, OSError."""
     new = folder or out / ".new"
-    if folder is None:
-        if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
-            raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed or refused
-        encode_text(data, load_tokenizer(tokenizer), new)
-    open_tokens(new, config)  # what is no good is not kept
-    pairs, named = [(new / name, out / name) for name in ("train.bin", "val.bin")], own_tokenizer(out)
-    held = [pair for pair in pairs if pair[1].exists() and not pair[1].samefile(pair[0])]
-    if named not in (None, tokenizer) or not all(filecmp.cmp(*pair, shallow=False) for pair in held):
-        other = f"{out} has tokens of another text or tokenizer"
-        raise ValueError(f"{other}: choose another --out, or delete its train.bin, val.bin and meta.pkl")
-    for source, path in pairs:
-        if path.exists():
-            continue
-        path.unlink(missing_ok=True)  # a link to nowhere
+    try:
         if folder is None:
-            os.replace(source, path)
-            continue
-        try:
-            os.link(source.resolve(), path)  # a second name of the same file
-        except OSError:  # another file system
-            path.symlink_to(source.resolve())
+            if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
+                raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+            encode_text(data, load_tokenizer(tokenizer), new)
+        open_tokens(new, config)  # what is no good is not kept
+        pairs, named = [(new / name, out / name) for name in ("train.bin", "val.bin")], own_tokenizer(out)
+        held = [pair for pair in pairs if pair[1].exists() and not pair[1].samefile(pair[0])]
+        if named not in (None, tokenizer) or not all(filecmp.cmp(*pair, shallow=False) for pair in held):
+            other = f"{out} has tokens of another text or tokenizer"
+            raise ValueError(f"{other}: choose another --out, or delete its train.bin, val.bin and meta.pkl")
+        for source, path in pairs:
+            if path.exists():
+                continue
+            path.unlink(missing_ok=True)  # a link to nowhere
+            if folder is None:
+                os.replace(source, path)
+                continue
+            try:
+                os.link(source.resolve(), path)  # a second name of the same file
+            except OSError:  # another file system
+                path.symlink_to(source.resolve())
+    finally:
+        shutil.rmtree(out / ".new", ignore_errors=True)
     if tokenizer is not None and named is None:
         with atomic_write(out / "meta.pkl") as f:  # vocab_size: what nanoGPT's train.py reads there
             pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
-    shutil.rmtree(out / ".new", ignore_errors=True)
 
 
 def fingerprint(train: np.ndarray, val: np.ndarray, checkpoint: dict) -> dict[str, int]:
