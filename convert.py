@@ -291,7 +291,7 @@ def distill_projections(dense: GPT, draw: Callable, draw_jointly: Callable, step
     alone = max(1, steps // 4)  # three quarters of the steps for training jointly, which matters more
     model = GPT(replace(dense.config, projections="mlp")).to(dense.lm_head.weight.device).requires_grad_(False)
     model.load_state_dict(dense.state_dict(), strict=False)
-    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # in training mode
+    projections = [mlp for block in model.transformer.h for mlp in block.attn.layers()]  # training: penalties
     parameters = [p.requires_grad_() for mlp in projections for p in mlp.parameters()]
 
     def loss_alone(x, y, step):
