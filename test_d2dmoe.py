@@ -247,6 +247,8 @@ def test_the_cpu_takes_each_path_where_it_pays(monkeypatch):
         (4, 512, 16, 128, 0.9, "dense_ffn"),
         (2048, 256, 8, 128, 0.1, "grouped_ffn"),
         (2048, 256, 8, 128, 1.0, "dense_ffn"),
+        (2, 512, 16, 128, 1.0, "dense_ffn"),  # w2 by embedding_bag; wider, in eight parts
+        (3, 640, 8, 128, 1.0, "dense_ffn"),
         (512, 128, 64, 8, 0.2, "sampled_ffn"),  # many small experts
         (1, 512, 16, 128, 0.1, "grouped_ffn", torch.float64),  # sampled_ffn is for float32
         (512, 16, 8, 4, 0.4, "dense_ffn"),  # a call costs more than a tiny expert saves
