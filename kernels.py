@@ -160,7 +160,7 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     rows = every_entry(E * h).col_indices().view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
     neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
     if N == 1:  # four equal rows, as in `linear`
-        x, ends = x.expand(4, d), torch.tensor([len(neurons) * i // 4 for i in range(5)])  # [4, d], [5]
+        x, ends = x.expand(4, d), every_entry(len(neurons)).crow_indices()  # [4, d], [5]
     else:
         ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
