@@ -79,7 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
     if row.shape[1] == 1:
-        y = torch.sparse.sampled_addmm(every_entry(out), row[0].expand(4, -1), weight.t(), beta=0).values()  # [out]
+        y = sampled_product(row[0].expand(4, -1), weight, *every_entry(out), row.new_zeros(out))  # [out]
         return (y if bias is None else y + bias).view(*x.shape[:-1], out)  # [..., out]
     n = out - out % 8
     w8 = weight[:n].view(8, n // 8, weight.shape[1]).transpose(1, 2)  # [8, in, n/8]
@@ -90,25 +90,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def sampled_product(x: Tensor, weight: Tensor, ends: Tensor, entries: Tensor, start: Tensor) -> Tensor:
+    """start + chosen entries of x weight^T, x [rows, in], weight [out, in]: of row i, those in columns
+    entries[ends[i]:ends[i + 1]]. start [len(entries)] is written over -> [len(entries)]"""
+    wanted = torch.sparse_csr_tensor(ends, entries, start, (len(x), len(weight)), check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, x, weight.t(), out=wanted).values()  # without out it copies all indices
+
+
 @functools.cache
-def every_entry(out: int) -> Tensor:
-    """The pattern with which sampled_addmm multiplies one row on all threads. It shares out rows among threads, so the
-    row is given four times, and each copy is asked for a quarter of the entries. Sparse [4, out]."""
-    quarters = torch.tensor([out * i // 4 for i in range(5)], device="cpu")
-    entries, zeros = torch.arange(out, device="cpu"), torch.zeros(out, device="cpu", dtype=torch.float32)
-    return torch.sparse_csr_tensor(quarters, entries, zeros, (4, out), check_invariants=False)
+def every_entry(out: int) -> tuple[Tensor, Tensor]:
+    """What sampled_product should compute of one row. It shares out rows among threads, so the row is given four times,
+    and each copy is asked for a quarter of the entries. -> ends [5], entries [out]"""
+    return torch.tensor([out * i // 4 for i in range(5)], device="cpu"), torch.arange(out, device="cpu")
 
 
 def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot
     change it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as
     fast, and those that lie in a cache at most a fifth slower."""
-    if torch.compiler.is_compiling():  # first: what follows would tie the compiled code to this number of rows
+    if weight.numel() < 1 << 18:  # 1 MB; smaller weights stay in a cache, where the calls cost more than they save
+        return False
+    if torch.compiler.is_compiling():  # what follows would tie the compiled code to this number of rows
         return False
     rows = x.shape[:-1].numel()
     return (
         0 < rows <= FEW_ROWS
-        and weight.numel() >= 1 << 18  # 1 MB; smaller weights stay in a cache, where the calls cost more than they save
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -141,7 +147,7 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     if E * h % 8 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
     if N < 4 and d <= 512:  # embedding_bag reads short rows fastest; four sums a token, so that every thread has some
-        neurons = every_entry(E * h).col_indices()  # [E*h], 0, 1, 2 and so on, kept from call to call
+        _, neurons = every_entry(E * h)  # [E*h], 0, 1, 2 and so on, kept from call to call
         quarters = neurons.expand(N, E * h).reshape(4 * N, -1)  # [4N, E*h/4]
         y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4 * N, -1))  # [4N, d]
         return y.view(N, 4, d).sum(1)  # [N, d]
@@ -157,16 +163,14 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    rows = every_entry(E * h).col_indices().view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
-    neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
+    _, rows = every_entry(E * h)  # [E*h], each neuron's row of w1 and w2 seen as [E*h, d]
+    neurons = rows.view(E, h).index_select(0, experts).flatten()  # [pairs*h]
     if N == 1:  # four equal rows, as in `linear`
-        x, ends = x.expand(4, d), every_entry(len(neurons)).crow_indices()  # [4, d], [5]
+        x, (ends, _) = x.expand(4, d), every_entry(len(neurons))  # [4, d], [5]
     else:
         ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
-    wanted = torch.sparse_csr_tensor(ends, neurons, b1, (len(x), E * h), check_invariants=False)
-    z = torch.sparse.sampled_addmm(wanted, x, w1.view(E * h, d).t()).values()  # [pairs*h], bias included
-    a = activate_(z, activation)
+    a = activate_(sampled_product(x, w1.view(E * h, d), ends, neurons, b1), activation)  # [pairs*h]
     y = F.embedding_bag(neurons, w2.view(E * h, d), ends, mode="sum", per_sample_weights=a, include_last_offset=True)
     return y.sum(0, keepdim=True) if N == 1 else y  # [N, d]
 
