@@ -65,6 +65,7 @@ def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 # A linear layer for a few rows
 
 FEW_ROWS = 128  # with more, one large matmul is as good
+SMALL = 1 << 18  # fewer weights than these (1 MB) stay in a cache, where the calls cost more than they save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: here, unheard
@@ -108,9 +109,7 @@ def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot
     change it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as
     fast, and those that lie in a cache at most a fifth slower."""
-    if weight.numel() < 1 << 18:  # 1 MB; smaller weights stay in a cache, where the calls cost more than they save
-        return False
-    if torch.compiler.is_compiling():  # what follows would tie the compiled code to this number of rows
+    if weight.numel() < SMALL or torch.compiler.is_compiling():  # the rest would tie compiled code to so many rows
         return False
     rows = x.shape[:-1].numel()
     return (
@@ -451,8 +450,9 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     pairs, used = sum(counts), E - counts.count(0)
     if pairs == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
+    calls = DENSE_CALLS if E * h * d < SMALL else 2 * DENSE_CALLS  # where reading is slow `linear` makes more of them
     cost = {
-        dense_ffn: DENSE_CALLS + E * h * d * (READ + N),
+        dense_ffn: calls + E * h * d * (READ + N),
         grouped_ffn: pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED),
     }
     if x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():  # as sampled_addmm and its views need
