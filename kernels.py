@@ -76,12 +76,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all weights,
     which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
     sampled_addmm, asked for every entry, reads faster; for 2 to FEW_ROWS rows a batch of eight parts of the weights."""
-    if not reading_is_slow(x, weight):
+    if not reading_is_slow(x, weight, bias):
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
     if row.shape[1] == 1:
-        y = sampled_product(row[0].expand(4, -1), weight, *every_entry(out), row.new_zeros(out))  # [out]
-        return (y if bias is None else y + bias).view(*x.shape[:-1], out)  # [..., out]
+        start = row.new_zeros(out) if bias is None else bias.clone()  # [out]
+        return sampled_product(row[0].expand(4, -1), weight, *every_entry(out), start).view(*x.shape[:-1], out)
     n = out - out % 8
     w8 = weight[:n].view(8, n // 8, weight.shape[1]).transpose(1, 2)  # [8, in, n/8]
     y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
@@ -98,14 +98,20 @@ def sampled_product(x: Tensor, weight: Tensor, ends: Tensor, entries: Tensor, st
     return torch.sparse.sampled_addmm(wanted, x, weight.t(), out=wanted).values()  # without out it copies all indices
 
 
+def weighted_sums(a: Tensor, w2: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
+    """Sums of chosen rows of w2 [in, out], each times its weight in a [len(rows)]: sum i is of those in
+    rows[ends[i]:ends[i + 1]]. -> [len(ends) - 1, out]"""
+    return F.embedding_bag(rows, w2, ends, mode="sum", per_sample_weights=a, include_last_offset=True)
+
+
 @functools.cache
 def every_entry(out: int) -> tuple[Tensor, Tensor]:
-    """What sampled_product should compute of one row. It shares out rows among threads, so the row is given four times,
-    and each copy is asked for a quarter of the entries. -> ends [5], entries [out]"""
+    """`ends` [5] and `entries` or `rows` [out] of the two functions above, to compute all of one row. They share out
+    rows and sums among threads: so the row is given four times, and a quarter of the entries is asked of each."""
     return torch.tensor([out * i // 4 for i in range(5)], device="cpu"), torch.arange(out, device="cpu")
 
 
-def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
+def reading_is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot
     change it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as
     fast, and those that lie in a cache at most a fifth slower."""
@@ -116,7 +122,7 @@ def reading_is_slow(x: Tensor, weight: Tensor) -> bool:
         0 < rows <= FEW_ROWS
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
         and weight.is_contiguous()
         and (rows == 1 or torch.get_num_threads() > 1)
@@ -145,11 +151,8 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     w2 = w2.flatten(0, 1)  # [E*h, d]
     if E * h % 8 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
-    if N < 4 and d <= 512:  # embedding_bag reads short rows fastest; four sums a token, so that every thread has some
-        _, neurons = every_entry(E * h)  # [E*h], 0, 1, 2 and so on, kept from call to call
-        quarters = neurons.expand(N, E * h).reshape(4 * N, -1)  # [4N, E*h/4]
-        y = F.embedding_bag(quarters, w2, mode="sum", per_sample_weights=a.view(4 * N, -1))  # [4N, d]
-        return y.view(N, 4, d).sum(1)  # [N, d]
+    if N < 4 and d <= 512:  # embedding_bag reads short rows fastest
+        return torch.stack([weighted_sums(row, w2, *every_entry(E * h)) for row in a]).sum(1)  # [N, 4, d] -> [N, d]
     parts = a.view(N, 8, -1).transpose(0, 1).contiguous()  # [8, N, E*h/8]; with strides bmm would read w2 more slowly
     return torch.bmm(parts, w2.view(8, -1, d)).sum(0)  # [8, N, E*h/8] @ [8, E*h/8, d] -> [8, N, d] -> [N, d]
 
@@ -170,7 +173,7 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
         ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
     a = activate_(sampled_product(x, w1.view(E * h, d), ends, neurons, b1), activation)  # [pairs*h]
-    y = F.embedding_bag(neurons, w2.view(E * h, d), ends, mode="sum", per_sample_weights=a, include_last_offset=True)
+    y = weighted_sums(a, w2.view(E * h, d), ends, neurons)  # [N, d] (of one token [4, d])
     return y.sum(0, keepdim=True) if N == 1 else y  # [N, d]
 
 
