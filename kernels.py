@@ -80,8 +80,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
     if row.shape[1] == 1:
-        start = row.new_zeros(out) if bias is None else bias.clone()  # [out]
-        return sampled_product(row[0].expand(4, -1), weight, *every_entry(out), start).view(*x.shape[:-1], out)
+        start = row.new_zeros(out) if bias is None else bias.expand(out).clone()  # [out]
+        y = sampled_product(row[0].expand(4, -1), weight, quarters(out), up_to(out), start)  # [out]
+        return y.view(*x.shape[:-1], out)  # [..., out]
     n = out - out % 8
     w8 = weight[:n].view(8, n // 8, weight.shape[1]).transpose(1, 2)  # [8, in, n/8]
     y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
@@ -93,29 +94,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def sampled_product(x: Tensor, weight: Tensor, ends: Tensor, entries: Tensor, start: Tensor) -> Tensor:
     """start + chosen entries of x weight^T, x [rows, in], weight [out, in]: of row i, those in columns
-    entries[ends[i]:ends[i + 1]]. start [len(entries)] is written over -> [len(entries)]"""
-    wanted = torch.sparse_csr_tensor(ends, entries, start, (len(x), len(weight)), check_invariants=False)
+    entries[ends[i]:ends[i + 1]]. The rows are shared out among threads. -> start [len(entries)], written over"""
+    size, start = (len(x), len(weight)), start.view_as(entries)  # whose length nothing else checks
+    wanted = torch.sparse_csr_tensor(ends, entries, start, size, device=x.device, check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, x, weight.t(), out=wanted).values()  # without out it copies all indices
 
 
 def weighted_sums(a: Tensor, w2: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
-    """Sums of chosen rows of w2 [in, out], each times its weight in a [len(rows)]: sum i is of those in
-    rows[ends[i]:ends[i + 1]]. -> [len(ends) - 1, out]"""
+    """Sums of chosen rows of w2 [in, out], each times its factor in a [len(rows)]: sum i is of those in
+    rows[ends[i]:ends[i + 1]]. The sums are shared out among threads. -> [len(ends) - 1, out]"""
     return F.embedding_bag(rows, w2, ends, mode="sum", per_sample_weights=a, include_last_offset=True)
 
 
 @functools.cache
-def every_entry(out: int) -> tuple[Tensor, Tensor]:
-    """`ends` [5] and `entries` or `rows` [out] of the two functions above, to compute all of one row. They share out
-    rows and sums among threads: so the row is given four times, and a quarter of the entries is asked of each."""
-    return torch.tensor([out * i // 4 for i in range(5)], device="cpu"), torch.arange(out, device="cpu")
+def quarters(n: int) -> Tensor:
+    """`ends` that give every thread some of one token's n entries, or rows to sum: in four quarters, of a row that is
+    given four times, or for sums that the caller adds. [5]"""
+    return torch.tensor([n * i // 4 for i in range(5)], device="cpu")
+
+
+@functools.cache
+def up_to(n: int) -> Tensor:
+    """0, 1, 2 and so on [n], kept from call to call"""
+    return torch.arange(n, device="cpu")
 
 
 def reading_is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot
     change it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as
     fast, and those that lie in a cache at most a fifth slower."""
-    if weight.numel() < SMALL or torch.compiler.is_compiling():  # the rest would tie compiled code to so many rows
+    if torch.compiler.is_compiling() or weight.numel() < SMALL:  # compiling first, or it would depend on the sizes
         return False
     rows = x.shape[:-1].numel()
     return (
@@ -151,9 +159,10 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     w2 = w2.flatten(0, 1)  # [E*h, d]
     if E * h % 8 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
-    if N < 4 and d <= 512:  # embedding_bag reads short rows fastest
-        return torch.stack([weighted_sums(row, w2, *every_entry(E * h)) for row in a]).sum(1)  # [N, 4, d] -> [N, d]
-    parts = a.view(N, 8, -1).transpose(0, 1).contiguous()  # [8, N, E*h/8]; with strides bmm would read w2 more slowly
+    if N in (2, 3) or N == 1 and d <= 512:  # where this reads fastest
+        sums = [weighted_sums(row, w2, quarters(E * h), up_to(E * h)) for row in a]  # N of [4, d]
+        return torch.stack(sums).sum(1)  # [N, d]
+    parts = a.view(N, 8, -1).transpose(0, 1)  # [8, N, E*h/8]
     return torch.bmm(parts, w2.view(8, -1, d)).sum(0)  # [8, N, E*h/8] @ [8, E*h/8, d] -> [8, N, d] -> [N, d]
 
 
@@ -165,10 +174,10 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    _, rows = every_entry(E * h)  # [E*h], each neuron's row of w1 and w2 seen as [E*h, d]
-    neurons = rows.view(E, h).index_select(0, experts).flatten()  # [pairs*h]
+    rows = up_to(E * h).view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
+    neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
     if N == 1:  # four equal rows, as in `linear`
-        x, (ends, _) = x.expand(4, d), every_entry(len(neurons))  # [4, d], [5]
+        x, ends = x.expand(4, d), quarters(len(neurons))  # [4, d], [5]
     else:
         ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
@@ -453,7 +462,7 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     pairs, used = sum(counts), E - counts.count(0)
     if pairs == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
-    calls = DENSE_CALLS if E * h * d < SMALL else 2 * DENSE_CALLS  # where reading is slow `linear` makes more of them
+    calls = DENSE_CALLS if E * h * d < SMALL else 2 * DENSE_CALLS  # twice as many where `linear` splits the weights
     cost = {
         dense_ffn: calls + E * h * d * (READ + N),
         grouped_ffn: pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED),

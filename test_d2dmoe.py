@@ -298,6 +298,14 @@ def test_linear_is_f_linear(monkeypatch):
                 assert torch.allclose(kernels.linear(x, w, b), F.linear(x, w, b), atol=1e-4 * width / 96)
                 assert torch.allclose(kernels.linear(x, w), F.linear(x, w), atol=1e-4 * width / 96)
     assert set(taken) == ({True, False} if torch.backends.mkl.is_available() else {False})
+    x, w = torch.randn(1, 512), torch.randn(1024, 512)
+    with torch.no_grad():
+        assert torch.allclose(kernels.linear(x, w, w[0, :1]), F.linear(x, w, w[0, :1]), atol=1e-3)
+        for wrong in (w[0, :9], w[:, 0].repeat(2)):  # nothing may be read or written beyond a bias
+            with pytest.raises(RuntimeError):
+                kernels.linear(x, w, wrong)
+        with torch.device("meta"):  # the default device is of no concern
+            assert kernels.linear(x, w).device.type == "cpu"
     x, w = torch.randn(1, 96), torch.randn(3333, 96)
     torch.set_default_dtype(torch.float64)
     try:
