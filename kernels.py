@@ -95,7 +95,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def sampled_product(x: Tensor, weight: Tensor, ends: Tensor, entries: Tensor, start: Tensor) -> Tensor:
     """start + chosen entries of x weight^T, x [rows, in], weight [out, in]: of row i, those in columns
     entries[ends[i]:ends[i + 1]]. The rows are shared out among threads. -> start [len(entries)], written over"""
-    size, start = (len(x), len(weight)), start.view_as(entries)  # whose length nothing else checks
+    start, size = start.view_as(entries), (len(x), len(weight))  # nothing else checks the length
     wanted = torch.sparse_csr_tensor(ends, entries, start, size, device=x.device, check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, x, weight.t(), out=wanted).values()  # without out it copies all indices
 
@@ -108,8 +108,8 @@ def weighted_sums(a: Tensor, w2: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
 
 @functools.cache
 def quarters(n: int) -> Tensor:
-    """`ends` that give every thread some of one token's n entries, or rows to sum: in four quarters, of a row that is
-    given four times, or for sums that the caller adds. [5]"""
+    """Where each quarter of n entries or rows begins, and where the last one ends [5]. What is asked of one token is
+    asked in quarters, so that every thread has some."""
     return torch.tensor([n * i // 4 for i in range(5)], device="cpu")
 
 

@@ -304,6 +304,9 @@ def test_linear_is_f_linear(monkeypatch):
         for wrong in (w[0, :9], w[:, 0].repeat(2)):  # nothing may be read or written beyond a bias
             with pytest.raises(RuntimeError):
                 kernels.linear(x, w, wrong)
+        layer = kernels.random_layer(1, 8, 3, 4, torch.float32, "cpu")
+        with pytest.raises(RuntimeError):
+            kernels.sampled_ffn(*layer[:2], layer[2][:, :1], layer[3], torch.ones(1, 3, dtype=torch.bool), "relu")
         with torch.device("meta"):  # the default device is of no concern
             assert kernels.linear(x, w).device.type == "cpu"
     x, w = torch.randn(1, 96), torch.randn(3333, 96)
