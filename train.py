@@ -118,7 +118,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.init == "resume":
         if settings:
             raise ValueError("--init resume goes on with the run's own settings: leave --preset out")
-        words = load_checkpoint(args.out / "ckpt.pt", ("ckpt.pt",))[1].get("arguments")
+        words = load_checkpoint(args.out / "ckpt.pt")[1].get("arguments")
         if not isinstance(words, list) or not all(isinstance(w, str) and re.match("--(?!help)", w) for w in words):
             where = f"{args.out}/ckpt.pt"
             raise ValueError(f"{where} was not left by a run that can be resumed: use --init {where}")
@@ -154,8 +154,8 @@ def take_windows(tokens: np.ndarray, offsets: Tensor, config: GPTConfig, device=
     check_vocabulary(windows, config)
     windows = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":  # from page-locked memory the copy is only queued: the host goes on
-        windows = windows.pin_memory()
-    windows = windows.to(device, non_blocking=windows.is_pinned())
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    windows = windows.to(device)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -229,11 +229,17 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
 # The recipe
 
 
-def check_finite(step: int, *values: float) -> None:
-    """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
-    if not all(map(math.isfinite, values)):
-        advice = "try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
-        raise ValueError(f"step {step}: loss, gradient or weights are not finite; the last save is untouched: {advice}")
+def training_loss(model: Callable, x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy + alpha * mean over layers of the sparsity penalty (section 3.1 of the paper), for tokens x and the
+    tokens y that follow them, [B, T] each; and the cross entropy alone, in nats per token. Two scalars."""
+    logits, penalties = model(x)  # [B, T, V], one scalar a layer
+    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+    return cross_entropy + alpha * torch.stack(penalties).mean(), cross_entropy
+
+
+def penalty_weight(step: int, steps: int, alpha: float, ramp: float = 0.5) -> float:
+    """Linear from 0 to alpha over the first `ramp` of training, then constant; ramp 0: constant from the start."""
+    return alpha * min(1.0, step / (ramp * steps)) if ramp else alpha
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float = 0.1) -> float:
@@ -244,17 +250,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float 
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def penalty_weight(step: int, steps: int, alpha: float, ramp: float = 0.5) -> float:
-    """Linear from 0 to alpha over the first `ramp` of training, then constant; ramp 0: constant from the start."""
-    return alpha * min(1.0, step / (ramp * steps)) if ramp else alpha
-
-
-def training_loss(model: Callable, x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Cross entropy + alpha * mean over layers of the sparsity penalty (section 3.1 of the paper), for tokens x and the
-    tokens y that follow them, [B, T] each; and the cross entropy alone, in nats per token. Two scalars."""
-    logits, penalties = model(x)  # [B, T, V], one scalar a layer
-    cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-    return cross_entropy + alpha * torch.stack(penalties).mean(), cross_entropy
+def check_finite(step: int, *values: float) -> None:
+    """Raises ValueError if a loss, a gradient's norm or a weight's norm is not finite."""
+    if not all(map(math.isfinite, values)):
+        advice = "try a lower --lr, a longer --warmup or --dtype float32, from the start or with --init resume"
+        raise ValueError(f"step {step}: loss, gradient or weights are not finite; the last save is untouched: {advice}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,9 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     text = fingerprint(train_tokens, val_tokens, checkpoint)
     facts = dict(tokenizer=tokenizer, text=text, arguments=as_words(args))
     sequences = args.batch_size * args.grad_accum  # of a step
-    draw = partial(
-        draw_batch, train_tokens, sequences, config, args.seed, device=device, micro_batch=args.batch_size
-    )
+    draw = partial(draw_batch, train_tokens, sequences, config, args.seed, device=device, micro_batch=args.batch_size)
 
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -312,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     say("active: effective number of active neurons per layer (square Hoyer)")
     say(f"{'step':>6} {'loss':>7} {'val loss':>8} {'zeros':>6} {'active':>7} {'tokens/s':>9} {'left':>7}")
     probe, _ = next(held_out(model, val_tokens, windows=16))  # [B, T]
-    losses, clock, since = [], time.perf_counter(), first
+    losses, clock = [], time.perf_counter()  # since the last evaluation
     with noted_signals() as stop:
         upcoming = draw(first)
         for step in range(first, args.steps):
@@ -346,12 +344,12 @@ def main(argv: list[str] | None = None) -> int:
                 check_finite(done, val_loss)
                 zeros, active = activation_sparsity(model, probe)
                 save(done)
-                rate = (done - since) * sequences * config.block_size / seconds
-                left = int((time.perf_counter() - clock) / (done - since) * (args.steps - done))
+                rate = len(losses) * sequences * config.block_size / seconds
+                left = int((time.perf_counter() - clock) / len(losses) * (args.steps - done))
                 train_loss = sum(losses) / len(losses)
                 say(f"{done:6d} {train_loss:7.4f} {val_loss:8.4f} {zeros:6.1%} {active:7.1f} {rate:9,.0f} "
                     f"{left // 60:3d}m{left % 60:02d}s")  # fmt: skip
-                losses, clock, since = [], time.perf_counter(), done
+                losses, clock = [], time.perf_counter()
             if stopping and done < args.steps:
                 if rank == 0 and not owns and not resuming and (args.out / "ckpt.pt").exists():
                     say(f"stopped at step {done}, before an evaluation: {args.out}/ckpt.pt stays the earlier run's")
@@ -465,7 +463,7 @@ def own_tokenizer(folder: Path) -> str | None:
         if re.fullmatch("bytes|gpt2|characters:.+", name := str(meta.get("tokenizer")), re.DOTALL):  # ours
             return name
         letters = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if not letters or len(set(letters)) != len(letters) or any(len(c) != 1 for c in letters):
+        if set(map(len, letters)) != {1} or len(set(letters)) < len(letters):
             raise ValueError("not one character a token")
         return "characters:" + "".join(letters)
     except Exception as error:  # a foreign or damaged pickle can raise nearly anything
@@ -539,34 +537,28 @@ def encode_text(data: str, tokenizer: tiktoken.Encoding, folder: Path) -> None:
             raise ValueError(f"{data} is not UTF-8 text, nor a folder with train.bin and val.bin: give one as --data")
         if texts < 10:
             length = train.tell() // 2
-            train.seek(2 * (length - length // 10))
+            cut = train.seek(2 * (length - length // 10))
             val.write(train.read())
-            train.truncate(2 * (length - length // 10))
+            train.truncate(cut)
     if texts < len(files):
         say(f"{len(files) - texts} of {len(files)} files are not UTF-8 text and were left out")
 
 
-def open_tokens(folder: Path, config: GPTConfig) -> list[np.ndarray]:
-    """Training and held-out tokens, mapped from disk. Raises ValueError if they are something else or too few,
-    FileNotFoundError."""
-    opened, T = [], config.block_size
-    for path in (folder / "train.bin", folder / "val.bin"):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
-        length, odd = divmod(path.stat().st_size, 2)
-        if length <= T:
-            few = f"{length} tokens are too few for a context of {T}"
-            raise ValueError(f"{path.name}: {few}: give more text (of fewer than ten files a tenth is held out)")
-        tokens = np.memmap(path, dtype=np.uint16, mode="r", shape=(length,))
-        start = tokens[: 1 << 24]
-        header = start[:2].tobytes() in (b"\x93NUM", (20240520).to_bytes(4, "little"))  # numpy's, llm.c's
-        if odd or header or not start[1::2].any():
-            raise ValueError(f"{path} is not a plain file of uint16 tokens: a header, an odd size or wider tokens")
-        if as_text(start.tobytes()) is not None:
-            raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
-        check_vocabulary(start, config, path)  # the rest is checked as it is read
-        opened.append(tokens)
-    return opened
+def find_tokens(data: str, asked: str | None, stated: str | None, model: GPT | None) -> tuple[Path | None, str | None]:
+    """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name, None
+    if nothing tells it: --tokenizer (asked), the checkpoint of `model` (stated) or the tokens' meta.pkl, which must
+    agree. Raises ValueError."""
+    folder = place_of(data)
+    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
+    told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
+    if len(told) > 1:
+        raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {sorted(told)!r:.99}")
+    [tokenizer] = told or {None if encoded or model else "bytes"}  # a new model reads text as bytes
+    if tokenizer is None and not (encoded and model):
+        raise ValueError(f"nothing names the tokenizer of --data {data}: add --tokenizer gpt2 or bytes")
+    if tokenizer and model and vocabulary(tokenizer) > (V := model.config.vocab_size):
+        raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
+    return folder if encoded else None, tokenizer
 
 
 def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path, config: GPTConfig) -> None:
@@ -576,8 +568,6 @@ def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path,
     new = folder or out / ".new"
     try:
         if folder is None:
-            if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
-                raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
             encode_text(data, load_tokenizer(tokenizer), new)
         open_tokens(new, config)  # what is no good is not kept
@@ -604,34 +594,35 @@ def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path,
             pickle.dump({"vocab_size": vocabulary(tokenizer), "tokenizer": tokenizer}, f)
 
 
+def open_tokens(folder: Path, config: GPTConfig) -> list[np.ndarray]:
+    """Training and held-out tokens, mapped from disk. Raises ValueError if they are something else or too few,
+    FileNotFoundError."""
+    opened, T = [], config.block_size
+    for path in (folder / "train.bin", folder / "val.bin"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: tokens are a train.bin and a val.bin (uint16) in one folder")
+        length, odd = divmod(path.stat().st_size, 2)
+        if length <= T:
+            few = f"{length} tokens are too few for a context of {T}"
+            raise ValueError(f"{path.name}: {few}: give more text (of fewer than ten files a tenth is held out)")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r", shape=(length,))
+        start = tokens[: 1 << 24]
+        header = start[:2].tobytes() in (b"\x93NUM", (20240520).to_bytes(4, "little"))  # numpy's, llm.c's
+        if odd or header or not start[1::2].any():
+            raise ValueError(f"{path} is not a plain file of uint16 tokens: a header, an odd size or wider tokens")
+        if as_text(start.tobytes()) is not None:
+            raise ValueError(f"{path} holds text, not tokens: rename it, and give it as --data")
+        check_vocabulary(start, config, path)  # the rest is checked as it is read
+        opened.append(tokens)
+    return opened
+
+
 def fingerprint(train: np.ndarray, val: np.ndarray, checkpoint: dict) -> dict[str, int]:
     """Identifies a corpus; warns if it is not the one that the checkpoint was trained on."""
     text = {"train_tokens": len(train), "val_tokens": len(val), "val_crc32": zlib.crc32(val[: 1 << 24].tobytes())}
     if checkpoint.get("text") not in (None, text):
         say("warning: the model was trained on another text than this, perhaps on some that is held out now")
     return text
-
-
-def find_tokens(
-    data: str, asked: str | None, stated: str | None, model: GPT | None
-) -> tuple[Path | None, str | None]:
-    """The folder with the tokens of `data`, None if it is text that must be encoded; and their tokenizer's name, None
-    if nothing tells it: --tokenizer (asked), the checkpoint of `model` (stated) or the tokens' meta.pkl, which must
-    agree. Raises ValueError."""
-    folder = place_of(data)
-    encoded = (folder / "train.bin").exists() or (folder / "val.bin").exists()
-    told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
-    if len(told) > 1:
-        raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {sorted(told)!r:.99}")
-    if not told and not encoded and model is None:
-        told = {"bytes"}
-    tokenizer = told.pop() if told else None
-    if tokenizer is None and not (encoded and model):
-        raise ValueError(f"nothing names the tokenizer of --data {data}: add --tokenizer gpt2 or bytes")
-    if tokenizer and model and vocabulary(tokenizer) > model.config.vocab_size:
-        V = model.config.vocab_size
-        raise ValueError(f"the model's vocabulary of {V} is too small for the tokenizer {tokenizer[:20]!r}")
-    return folder if encoded else None, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,7 +633,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Adds to each option's help its default."""
 
     def _get_help_string(self, action):
-        told = "(default" in action.help or action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0
+        told = "(default" in action.help or action.default in (None, []) or action.nargs == 0
         return action.help if told else f"{action.help} (default: %(default)s)"
 
 
@@ -701,7 +692,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a script. A user's mistake ends in one line on stderr and status 1, a signal in 128 + its number; anything
     else is a bug, whose traceback is shown."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # None after >&-
+        with contextlib.suppress(AttributeError):  # None after >&-
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     status = 1
     try:
@@ -770,9 +761,9 @@ def keep_previous(path: Path) -> None:
     so that writing over it loses nothing, and says so. Raises OSError."""
     if not path.exists():
         return
-    n = 1
-    while os.path.lexists(kept := path.with_stem(f"{path.stem}-previous{f'-{n}' if n > 1 else ''}")):
-        n += 1
+    kept, n = path.with_stem(f"{path.stem}-previous"), 2
+    while os.path.lexists(kept):
+        kept, n = path.with_stem(f"{path.stem}-previous-{n}"), n + 1
     try:
         os.link(path.resolve(), kept)
     except OSError:  # a file system without hard links, or a link to another one
