@@ -646,30 +646,28 @@ def recognise(raw: dict, config_json: Path | None) -> tuple[dict[str, Tensor], G
     config_json: the file of that name beside it, if any. Raises ValueError with the reason and the next step."""
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    rest = {}
-    if isinstance(raw.get("model"), dict) and isinstance(raw.get("model_args"), dict):  # nanoGPT
-        weights, given = bare(raw["model"]), raw["model_args"]
-        check_fields(given, sizes, sizes | {"bias", "dropout"}, "model_args")
-        wte = weights["transformer.wte.weight"]
-        tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
-        config = dict(bias="transformer.ln_f.bias" in weights, activation="gelu", penalty="none", tie_weights=tied)
-        config |= {k: v for k, v in given.items() if k in fields}
-        rest["tokenizer"] = "gpt2" if given["vocab_size"] in (50257, 50304) else None  # nanoGPT pads to 50304
-    elif isinstance(raw.get("model"), dict) and isinstance(raw.get("config"), dict):  # ours
-        weights, config = bare(raw["model"]), raw["config"]
-        earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
-        check_fields(config, sizes | {"bias", "activation", "penalty"}, fields | earlier, "config")
-        if config.get("num_experts") and earlier & config.keys():
-            raise ValueError("it was converted by an earlier version: run convert.py again")
-        rest = {"tokenizer": None} | {k: v for k, v in raw.items() if k not in ("model", "config")}
-        if not isinstance(rest["tokenizer"], str | None):
-            raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
-    else:
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(raw.get(key), dict):
-                return recognise(raw[key], config_json)
-        weights, config = from_gpt2(bare(raw), config_json)
-        rest["tokenizer"] = "gpt2" if config["vocab_size"] == 50257 else None
+    match raw:
+        case {"model": dict(weights), "model_args": dict(given)}:  # nanoGPT
+            weights = bare(weights)
+            check_fields(given, sizes, sizes | {"bias", "dropout"}, "model_args")
+            wte = weights["transformer.wte.weight"]
+            tied = torch.equal(weights.setdefault("lm_head.weight", wte), wte)
+            config = dict(bias="transformer.ln_f.bias" in weights, activation="gelu", penalty="none", tie_weights=tied)
+            config |= given
+            rest = {"tokenizer": "gpt2" if given["vocab_size"] in (50257, 50304) else None}  # nanoGPT pads to 50304
+        case {"model": dict(weights), "config": dict(config), **rest}:  # ours
+            weights = bare(weights)
+            earlier = {"router_target", "attention_experts", "attention_router_width"}  # of an earlier version
+            check_fields(config, sizes | {"bias", "activation", "penalty"}, fields | earlier, "config")
+            if config.get("num_experts") and earlier & config.keys():
+                raise ValueError("it was converted by an earlier version: run convert.py again")
+            if not isinstance(rest.setdefault("tokenizer"), str | None):
+                raise ValueError(f"it names no tokenizer: it has {rest['tokenizer']!r:.100}")
+        case {"state_dict": dict(weights)} | {"model_state_dict": dict(weights)} | {"model": dict(weights)}:
+            return recognise(weights, config_json)
+        case _:
+            weights, config = from_gpt2(bare(raw), config_json)
+            rest = {"tokenizer": "gpt2" if config["vocab_size"] == 50257 else None}
     return weights, GPTConfig(**{k: v for k, v in config.items() if k in fields}), rest
 
 
