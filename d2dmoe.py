@@ -598,12 +598,10 @@ def check_fields(given: dict, required: set[str], allowed: set[str], what: str) 
 
 def bare(weights: dict) -> dict[str, Tensor]:
     """Without the prefixes of torch.compile and DataParallel and without causal masks. Raises ValueError."""
-    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
+    weights = {str(k).replace("_orig_mod.", "").replace("module.", ""): w for k, w in weights.items()}
     if any("lora_" in k for k in weights):
         raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-    if others := [k for k, w in weights.items() if not isinstance(w, Tensor)]:
-        raise ValueError(f"it is nothing that is known here: {', '.join(others[:5])} should be tensors")
-    return {k: w for k, w in weights.items() if not (re.search(r"\.attn\.(masked_)?bias$", k) and w.dim() != 1)}
+    return {k: w for k, w in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
 def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dict[str, Tensor], dict]:
