@@ -33,7 +33,7 @@ import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -519,15 +519,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if isinstance(error, OSError) and error.errno is None:  # raised for another file, with its own message
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's, of a full disk
+        if getattr(cause, "errno", None) is None:  # raised for another file, with its own message; or a bug
             raise
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(cause, "strerror", None) or cause
-        raise OSError(f"cannot write {path}: {reason}; an older file is untouched") from error
+        raise OSError(f"cannot write {path}: {cause.strerror}; an older file is untouched") from error
     finally:
-        with suppress(OSError):  # gone, or a file system that is read-only now: what is raised above says more
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
