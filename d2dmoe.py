@@ -556,7 +556,7 @@ def read_weights(path: Path) -> dict:
     return raw
 
 
-OBJECT = r"(?:GLOBAL|type) ([\w.]+(?:\.[\w.]+)+)"  # in what torch.load says of a pickle that names one
+OBJECT = r"(?:GLOBAL|type) ([\w.]+\.[\w.]+)"  # in what torch.load says of a pickle that names one
 NOT_IMPLEMENTED = "not implemented here, so it would compute something else"
 
 # Of a GPT-2's config.json: its names for GPTConfig's fields and for activations, and the fields that change the
@@ -602,16 +602,16 @@ def bare(weights: dict) -> dict[str, Tensor]:
     return {k: w for k, w in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
-def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dict[str, Tensor], dict]:
-    """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json. Weights alone do
-    not tell n_head, the activation or the epsilon: then only GPT2_SIZES are accepted. Raises ValueError."""
+def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json, if there. Weights
+    alone do not tell n_head, the activation or the epsilon: then only GPT2_SIZES are accepted. Raises ValueError."""
     weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-    hf = None if config_json is None else read_json(config_json)
+    hf = read_json(config_json) if config_json.is_file() else None
     if hf is not None and hf.get("model_type") != "gpt2":
         raise ValueError(f"it is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
     if (hf is None or hf.get("tie_word_embeddings", True)) and "lm_head.weight" in weights:
         weights.setdefault("wte.weight", weights["lm_head.weight"])  # of the tied two a file may hold either
-    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= weights.keys() or weights["wte.weight"].dim() != 2:
+    if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= weights.keys():
         raise ValueError(f"it does not hold a GPT-2: it has {', '.join(list(weights)[:3])}")
     if hf is None:
         n_layer = len({k.split(".")[1] for k in weights if k.startswith("h.")})
@@ -623,8 +623,7 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dic
             )
         hf = dict(n_layer=n_layer, n_head=d // 64, n_embd=d, n_positions=positions, vocab_size=V)
     check_fields(hf, {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}, hf.keys(), "config.json")
-    # None, False and {} all mean that a field is not set.
-    wrong = {k: hf[k] for k, value in HF_FIXED.items() if hf.get(k, value) != value and (hf[k] or value)}
+    wrong = {k: hf[k] for k, value in HF_FIXED.items() if bool(hf.get(k, value)) != value}  # None and {} are False, too
     if (activation := hf.get("activation_function", "gelu_new")) not in list(HF_ACTIVATIONS):  # it may be unhashable
         wrong["activation_function"] = activation
     if wrong:
@@ -637,9 +636,9 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path | None) -> tuple[dic
     return {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in weights.items()}, config
 
 
-def recognise(raw: dict, config_json: Path | None) -> tuple[dict[str, Tensor], GPTConfig, dict]:
+def recognise(raw: dict, config_json: Path) -> tuple[dict[str, Tensor], GPTConfig, dict]:
     """Weights, config and what else a loaded file holds, "tokenizer" in any case; its own fields tell whose it is.
-    config_json: the file of that name beside it, if any. Raises ValueError with the reason and the next step."""
+    config_json: where a file of that name would lie. Raises ValueError with the reason and the next step."""
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     sizes = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     match raw:
@@ -713,8 +712,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
             shards = read_json(path)["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
-        config_json = path.with_name("config.json")
-        weights, config, rest = recognise(raw, config_json if config_json.is_file() else None)
+        weights, config, rest = recognise(raw, path.with_name("config.json"))
         return build_model(weights, config), rest
     except Exception as error:  # a damaged file can make zipfile and the unpickler raise nearly anything
         reason = " ".join(str(error).split()).partition(". ")[0][:300]  # PyTorch's first sentence
