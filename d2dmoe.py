@@ -297,7 +297,7 @@ class GPTConfig:
         """Hidden width m of the MLP d -> m -> d that replaces a d x d projection (section 3.5), so that both have about
         as many parameters: the projection d^2 + d; the MLP, its output bias apart, (2d + 1) m. So m is about d / 2."""
         d = self.n_embd
-        return max(1, round((d * d + d) / (2 * d + 1)))
+        return round((d * d + d) / (2 * d + 1))
 
 
 class KVCache:
