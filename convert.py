@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2dmoe import (
-    GPT, GPT2_SIZES, HF_ACTIVATIONS, HF_FIELDS, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write, dynamic_k,
-    flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
+    GPT, GPT2_SIZES, HF_ACTIVATIONS, HF_FIELDS, HF_TRANSPOSED, MLP, DynamicKMoE, Gate, GPTConfig, atomic_write,
+    dynamic_k, flops_per_token, load_checkpoint, neurons_per_expert, save_checkpoint, top_k,
 )  # fmt: skip
 from train import (
     Parser, add_system_options, as_path, claim, draw_batch, draw_offsets, evaluate, find_tokens, fingerprint, held_out,
@@ -515,21 +515,17 @@ def plot(path: Path, tables: list[list[dict]]) -> bool:
 
 def export_gpt2(model: GPT, folder: Path) -> None:
     """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits.
-    Raises ValueError for a converted model and for a folder that is not empty, OSError."""
-    if model.config.num_experts or model.config.projections != "linear":
-        raise ValueError("only a dense model can be exported as a GPT-2")
+    Raises ValueError for a folder that is not empty, OSError."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: --export takes a new folder")
-    c, weights = model.config, {}
-    for name, w in model.state_dict().items():
-        is_linear = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
-        weights[name] = w.t().contiguous() if is_linear and name.endswith("weight") else w  # stored as [in, out]
-        if not c.bias and (is_linear or "ln_" in name):  # Hugging Face's layers always have biases
-            weights[name.replace(".weight", ".bias")] = w.new_zeros(len(w))
+    biased = GPT(replace(model.config, bias=True))  # Hugging Face's layers always have biases; ours start at 0
+    biased.load_state_dict(model.state_dict(), strict=False)
+    weights = biased.state_dict()
+    weights |= {k: w.t().contiguous() for k, w in weights.items() if k.endswith(HF_TRANSPOSED)}
     names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}  # for gelu_tanh the first: gelu_new
     hf = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    hf |= {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()}
-    hf["activation_function"] = names[c.activation]
+    hf |= {theirs: getattr(model.config, ours) for ours, theirs in HF_FIELDS.items()}
+    hf["activation_function"] = names[model.config.activation]
     with atomic_write(folder / "pytorch_model.bin") as f:
         torch.save(weights, f)
     with atomic_write(folder / "config.json") as f:

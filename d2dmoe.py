@@ -571,6 +571,7 @@ HF_FIXED = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "pruned_heads": False,
     "add_cross_attention": False, "quantization_config": False, "auto_map": False,
 }  # fmt: skip
+HF_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out]
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 GPT2_SIZES = {  # n_layer and n_embd of what is published; a head is always 64 wide
     "gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600),
@@ -631,8 +632,8 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, 
     config = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if theirs in hf}
     config |= dict(activation=HF_ACTIVATIONS[activation], d_ff=hf.get("n_inner") or 0, penalty="none")
     for k, w in weights.items():
-        if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weights[k] = w.t().contiguous()  # stored as [in, out]
+        if k.endswith(HF_TRANSPOSED):
+            weights[k] = w.t().contiguous()
     return {k if k == "lm_head.weight" else f"transformer.{k}": w for k, w in weights.items()}, config
 
 
