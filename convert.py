@@ -453,7 +453,7 @@ def write_table(path: Path, points: list[dict]) -> None:
     """The points as CSV; an earlier table keeps another name. Raises OSError."""
     keep_previous(path)
     with atomic_write(path) as f:
-        writer = csv.DictWriter(codecs.getwriter("utf-8")(f, "backslashreplace"), COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(codecs.getwriter("utf-8")(f), COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(points)
 
@@ -462,12 +462,11 @@ def read_table(folder: Path) -> list[dict]:
     """The points of a folder's cost_vs_loss.csv. Raises ValueError if there is none of ours."""
     path = folder / "cost_vs_loss.csv"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []  # a pipe would be waited for
-        rows = list(csv.DictReader(lines))
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
         points = [{name: float(row[name]) if name in COLUMNS[2:8] else row[name] for name in COLUMNS} for row in rows]
         points = [p for p in points if math.isfinite(p["loss"] / p["dense_loss"])]
         points[0]  # an empty table cannot be drawn
-    except (ArithmeticError, csv.Error, LookupError, TypeError, ValueError):
+    except (ArithmeticError, csv.Error, LookupError, OSError, TypeError, ValueError):
         raise ValueError(f"{path} is missing, or no table of this version: run convert.py --eval there") from None
     return points
 
@@ -496,7 +495,7 @@ def plot(path: Path, tables: list[list[dict]]) -> bool:
         tip = np.interp(height, y[::-1], x[::-1]), min(height, max(y))
         line = dict(arrowstyle="-", color=color, linewidth=0.6)
         place = dict(xytext=(0.55, height), textcoords=("axes fraction", "data"), va="center")
-        axes.annotate(name.replace("$", r"\$"), tip, **place, color=color, fontsize=11, arrowprops=line)
+        axes.annotate(name, tip, **place, color=color, fontsize=11, arrowprops=line)
     axes.plot([100], [0], "k*", markersize=13, clip_on=False)
     axes.annotate("dense", (100, 0), (-6, 9), textcoords="offset points", ha="right", fontsize=11)
     axes.set(xlabel="FLOPs per token, % of the dense model", ylabel="loss above dense, %")
