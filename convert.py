@@ -611,19 +611,14 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
     return f"{' + '.join(filter(None, (args.recipe, *changes)))} E={config.num_experts} r={config.router_width}"
 
 
-def draw_of(stage: int, tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, device) -> Callable:
-    """draw(step) for fit. Stages see different windows; 0: projections alone, 1: routers, 2: projections jointly,
-    3: fine-tuning."""
-    return partial(draw_batch, tokens, args.batch_size, config, args.seed + stage, device=device)
-
-
-def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
+def convert(dense: GPT, config: GPTConfig, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
     """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
-    config, device = converted_config(dense, args), dense.lm_head.weight.device
-    draws = [draw_of(stage, tokens, config, args, device) for stage in range(3)]
+    device = dense.lm_head.weight.device
+    draw = partial(draw_batch, tokens, args.batch_size, config, device=device)  # (seed, step); a seed for each stage
     unsplit = dense
     if args.attention:
-        unsplit = distill_projections(dense, draws[0], draws[2], args.steps, args.lr)
+        alone, jointly = partial(draw, args.seed), partial(draw, args.seed + 2)
+        unsplit = distill_projections(dense, alone, jointly, args.steps, args.lr)
     moe = GPT(config).to(device).requires_grad_(False).eval()
     sample, start = None, time.perf_counter()
     if (args.split or RECIPES[args.recipe]["split"]) == "coactivation":
@@ -636,8 +631,8 @@ def convert(dense: GPT, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
             dist.broadcast(p, 0)
     sizes = f"{config.num_experts} experts with {config.d_ff // config.num_experts} neurons"
     say(f"{config.n_layer} blocks of {sizes}, split in {time.perf_counter() - start:.0f} s")
-    train_routers(moe, draws[1], args.steps, args.lr)
-    return moe.requires_grad_(False)
+    train_routers(moe, partial(draw, args.seed + 1), args.steps, args.lr)
+    return moe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -658,8 +653,7 @@ def main(argv: list[str] | None = None) -> None:
                 export_gpt2(dense, args.export)
             say(f"wrote {args.export}/config.json and pytorch_model.bin")
             return
-        if not args.eval:
-            converted_config(dense, args)  # before text is encoded: wrong sizes are told at once
+        config = None if args.eval else converted_config(dense, args)  # wrong sizes are told before text is encoded
         tables = [read_table(folder) for folder in args.compare]
         lock = claim(out) if rank == 0 else None  # noqa: F841
         beside = [folder for folder in (home, out / "text") if (folder / "train.bin").exists()]
@@ -685,25 +679,26 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.eval:
         moe, saved = load_checkpoint(out / "d2dmoe.pt")
-        moe.requires_grad_(False).to(device)
+        moe.to(device)
         if saved.get("dense_crc32") != checksum:
             raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: give its own as --ckpt")
         fingerprint(tokens, val_tokens, saved)
         recipe = str(saved.get("recipe"))
         say(f"{out}/d2dmoe.pt: {recipe}")
     else:
-        moe = convert(dense, tokens, args)
-        recipe, facts = described(moe.config, args), dict(tokenizer=tokenizer, dense_crc32=checksum, text=text)
+        moe = convert(dense, config, tokens, args)
+        recipe, facts = described(config, args), dict(tokenizer=tokenizer, dense_crc32=checksum, text=text)
         if rank == 0:
             keep_previous(out / "d2dmoe.pt")
             save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
             # An earlier conversion's, as this one may be stopped before it has its own.
             put_aside(out / "cost_vs_loss.csv", out / "cost_vs_loss.png")
         if args.finetune:  # stopped or diverged, it leaves the file without it
-            finetune(moe, draw_of(3, tokens, moe.config, args, device), args.finetune, args.finetune_lr)
-            recipe = described(moe.config, args, finetuned=True)
+            draw = partial(draw_batch, tokens, args.batch_size, config, args.seed + 3, device=device)  # not a stage's
+            finetune(moe, draw, args.finetune, args.finetune_lr)
+            recipe = described(config, args, finetuned=True)
             if rank == 0:
-                save_checkpoint(out / "d2dmoe.pt", moe.requires_grad_(False), recipe=recipe, **facts)
+                save_checkpoint(out / "d2dmoe.pt", moe, recipe=recipe, **facts)
         say(f"wrote {out}/d2dmoe.pt in {time.perf_counter() - start:.0f} s")
     if rank > 0:
         return
