@@ -645,12 +645,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     with rank_zero_first():
         dense, checkpoint = load_checkpoint(args.ckpt, ("ckpt.pt",))
-        dense.requires_grad_(False)
         if dense.config.num_experts or dense.config.projections != "linear":
             raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         if args.export:
-            if rank == 0:
-                export_gpt2(dense, args.export)
+            export_gpt2(dense, args.export)
             say(f"wrote {args.export}/config.json and pytorch_model.bin")
             return
         config = None if args.eval else converted_config(dense, args)  # wrong sizes are told before text is encoded
@@ -665,11 +663,10 @@ def main(argv: list[str] | None = None) -> None:
             put_tokens(None, data, tokenizer, out / "text", dense.config)
         tokens, val_tokens = open_tokens(folder or out / "text", dense.config)
         say(f"{len(tokens):,} training and {len(val_tokens):,} held-out tokens of {data}")
-    text = fingerprint(tokens, val_tokens, {} if args.eval else checkpoint)
     windows = min(args.eval_windows, len(val_tokens) - dense.config.block_size)  # there are no more
     checksum = 0  # tells one dense model from another
     for p in dense.parameters():
-        checksum = zlib.crc32(p.contiguous().numpy(), checksum)
+        checksum = zlib.crc32(p.detach().contiguous().numpy(), checksum)
     dense.to(device)
     if rank == 0:
         dense_loss, _ = evaluate(dense, val_tokens, windows, EVAL_BATCH)
@@ -682,10 +679,10 @@ def main(argv: list[str] | None = None) -> None:
         moe.to(device)
         if saved.get("dense_crc32") != checksum:
             raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: give its own as --ckpt")
-        fingerprint(tokens, val_tokens, saved)
-        recipe = str(saved.get("recipe"))
+        recipe, text = str(saved.get("recipe")), fingerprint(tokens, val_tokens, saved)
         say(f"{out}/d2dmoe.pt: {recipe}")
     else:
+        text = fingerprint(tokens, val_tokens, checkpoint)
         moe = convert(dense, config, tokens, args)
         recipe, facts = described(config, args), dict(tokenizer=tokenizer, dense_crc32=checksum, text=text)
         if rank == 0:
@@ -694,7 +691,7 @@ def main(argv: list[str] | None = None) -> None:
             # An earlier conversion's, as this one may be stopped before it has its own.
             put_aside(out / "cost_vs_loss.csv", out / "cost_vs_loss.png")
         if args.finetune:  # stopped or diverged, it leaves the file without it
-            draw = partial(draw_batch, tokens, args.batch_size, config, args.seed + 3, device=device)  # not a stage's
+            draw = partial(draw_batch, tokens, args.batch_size, config, args.seed + 3, device=device)  # a 4th seed
             finetune(moe, draw, args.finetune, args.finetune_lr)
             recipe = described(config, args, finetuned=True)
             if rank == 0:
