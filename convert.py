@@ -344,8 +344,6 @@ def finetune(moe: GPT, draw: Callable, steps: int, lr: float) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Cost against loss
 
-EVAL_BATCH = 16  # sequences at once: few enough that the experts' activations stay in a CPU's cache
-
 
 def top_share(norms: Tensor, share: float) -> Tensor:
     """top_k with k = share * E in every layer, rounded up: never fewer experts than the rule it is compared with."""
@@ -370,7 +368,7 @@ def relative_flops(config: GPTConfig, counts: list[float] | None) -> float:
 @torch.no_grad()
 def relative_time(moe: GPT, dense: GPT, tokens: np.ndarray, gate: Gate, turns: int = 5) -> float:
     """Seconds of the converted model for one batch of windows over the dense model's, in turns; ratio of medians."""
-    x, _ = next(held_out(dense, tokens, EVAL_BATCH, EVAL_BATCH))
+    x, _ = next(held_out(dense, tokens, windows=16))  # so few that experts' activations stay in a CPU's cache
     seconds = ([], [])
     for _ in range(turns):
         for model, g, times in ((dense, None, seconds[0]), (moe, gate, seconds[1])):
@@ -393,7 +391,7 @@ def cost_table(
         return f"{loss:7.4f} {loss / dense_loss - 1:+7.2%}"
 
     def point(rule, value, gate, timed=True, model=moe):
-        loss, counts = evaluate(model, tokens, windows, EVAL_BATCH, gate)
+        loss, counts = evaluate(model, tokens, windows, gate=gate)
         means = [c.float().mean().item() for c in counts]  # per layer
         executed = sum(means) / sum(all_experts)  # of all experts: each counts once, whatever its size
         flops = math.nan if rule == "oracle" else relative_flops(config, means if gate else None)
@@ -669,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
         checksum = zlib.crc32(p.detach().contiguous().numpy(), checksum)
     dense.to(device)
     if rank == 0:
-        dense_loss, _ = evaluate(dense, val_tokens, windows, EVAL_BATCH)
+        dense_loss, _ = evaluate(dense, val_tokens, windows)
         if not math.isfinite(dense_loss):
             raise ValueError(f"the dense model's loss on held-out text is {dense_loss}: this checkpoint cannot be used")
     start = time.perf_counter()
