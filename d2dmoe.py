@@ -579,14 +579,6 @@ GPT2_SIZES = {  # n_layer and n_embd of what is published; a head is always 64 w
 }  # fmt: skip
 
 
-def read_json(path: Path) -> dict:
-    """Raises ValueError, OSError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"its {path.name} is damaged ({error})") from None
-
-
 def check_fields(given: dict, required: set[str], allowed: set[str], what: str) -> None:
     """Raises ValueError if a field is missing, or one is set that may change the computation in ways unknown here."""
     if missing := required - given.keys():
@@ -607,7 +599,10 @@ def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, 
     """Weights and config in our format, for the weights of a Hugging Face GPT-2 and its config.json, if there. Weights
     alone do not tell n_head, the activation or the epsilon: then only GPT2_SIZES are accepted. Raises ValueError."""
     weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-    hf = read_json(config_json) if config_json.is_file() else None
+    try:
+        hf = json.loads(config_json.read_text(encoding="utf-8")) if config_json.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"its config.json is damaged ({error})") from None
     if hf is not None and hf.get("model_type") != "gpt2":
         raise ValueError(f"it is a model of type {hf.get('model_type')}: only GPT-2's is implemented here")
     if (hf is None or hf.get("tie_word_embeddings", True)) and "lm_head.weight" in weights:
@@ -710,7 +705,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
             torch.hub.download_url_to_file(url, str(path))
         files = [path]
         if path.name.endswith(".index.json"):  # of a model in several files
-            shards = read_json(path)["weight_map"].values()
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             files = [path.with_name(Path(name).name) for name in sorted(set(shards))]
         raw = {k: w for file in files for k, w in read_weights(file).items()}
         weights, config, rest = recognise(raw, path.with_name("config.json"))
