@@ -512,7 +512,9 @@ def plot(path: Path, tables: list[list[dict]]) -> bool:
 
 def export_gpt2(model: GPT, folder: Path) -> None:
     """Writes a dense model as a folder that Hugging Face's GPT2LMHeadModel.from_pretrained loads, with equal logits.
-    Raises ValueError for a folder that is not empty, OSError."""
+    Raises ValueError for a converted model and for a folder that is not empty, OSError."""
+    if model.config.num_experts or model.config.projections != "linear":
+        raise ValueError("only a dense model can be exported as a GPT-2")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: --export takes a new folder")
     biased = GPT(replace(model.config, bias=True))  # Hugging Face's layers always have biases; ours start at 0
@@ -646,7 +648,8 @@ def main(argv: list[str] | None = None) -> None:
         if dense.config.num_experts or dense.config.projections != "linear":
             raise ValueError(f"{args.ckpt} is converted already: --ckpt takes the dense checkpoint, out/ckpt.pt")
         if args.export:
-            export_gpt2(dense, args.export)
+            if rank == 0:
+                export_gpt2(dense, args.export)
             say(f"wrote {args.export}/config.json and pytorch_model.bin")
             return
         config = None if args.eval else converted_config(dense, args)  # wrong sizes are told before text is encoded

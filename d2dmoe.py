@@ -592,7 +592,8 @@ def bare(weights: dict) -> dict[str, Tensor]:
     weights = {str(k).replace("_orig_mod.", "").replace("module.", ""): w for k, w in weights.items()}
     if any("lora_" in k for k in weights):
         raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
-    return {k: w for k, w in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    masks = (".attn.bias", ".attn.masked_bias")
+    return {k: w for k, w in weights.items() if not (k.endswith(masks) and w.dim() != 1)}
 
 
 def from_gpt2(weights: dict[str, Tensor], config_json: Path) -> tuple[dict[str, Tensor], dict]:
@@ -700,7 +701,7 @@ def load_checkpoint(source: str | Path, names: tuple[str, ...] = ("d2dmoe.pt", "
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            owner = "distilbert" if source == "distilgpt2" else "openai-community"
+            owner = "distilbert" if str(source) == "distilgpt2" else "openai-community"
             url = f"https://huggingface.co/{owner}/{source}/resolve/main/pytorch_model.bin"
             torch.hub.download_url_to_file(url, str(path))
         files = [path]
