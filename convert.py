@@ -153,7 +153,10 @@ def split_mlp(mlp: MLP, moe: DynamicKMoE, assignment: Tensor) -> None:
     order = assignment.argsort(stable=True).to(moe.w1.device)  # [d_ff], expert by expert
     moe.w1.copy_(mlp.c_fc.weight[order].view_as(moe.w1))  # [d_ff, d] -> [E, h, d]
     moe.w2.copy_(mlp.c_proj.weight.t()[order].view_as(moe.w2))  # [d, d_ff] -> [d_ff, d] -> [E, h, d]
-    if mlp.c_fc.bias is not None:  # else they are zero (until fine-tuning)
+    if mlp.c_fc.bias is None:
+        moe.b1.zero_()
+        moe.b2.zero_()
+    else:
         moe.b1.copy_(mlp.c_fc.bias[order].view_as(moe.b1))  # [d_ff] -> [E, h]
         moe.b2.copy_(mlp.c_proj.bias)
 

@@ -365,7 +365,8 @@ FLOAT32 = {
 
 
 def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """On a GPU, float32, bfloat16 or float16, accumulated in float32 and equal bit for bit from run to run.
+    """On a GPU, float32, bfloat16 or float16, equal bit for bit from run to run. Sums are float32; of many tokens an
+    expert's output is rounded to x's dtype before it is added.
 
     The host never looks at the mask, so it need not wait for the GPU. float32 is IEEE arithmetic unless torch's own
     setting allows TF32. Has no gradient.
@@ -429,10 +430,12 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     """The sum of the executed experts' outputs, without the bias b2, by the path that should be fastest for this mask.
 
     x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d] in the weights'
-    dtype. Differentiable in x and the weights: where gradients are wanted the masked path runs.
+    dtype. Differentiable in x and the weights: where gradients are wanted the masked path runs. Raises ValueError.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if executed is not None and (executed.dtype != torch.bool or executed.shape != x.shape[:1] + w1.shape[:1]):
+        raise ValueError(f"executed must be a mask [N, E] of bool, not {list(executed.shape)} of {executed.dtype}")
     x = x.to(w1.dtype)  # under autocast it may differ
     args = (x, w1, b1, w2, executed, activation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2)):

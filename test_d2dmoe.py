@@ -714,6 +714,10 @@ def test_functions_raise_ordinary_exceptions_so_that_they_can_be_taught():
         "activation must be one of relu, gelu, gelu_tanh": [
             config(activation="swish"), partial(kernels.expert_ffn, norms, moe.w1, moe.b1, moe.w2, None, "swish"),
         ],
+        r"executed must be a mask \[N, E\] of bool": [
+            partial(kernels.expert_ffn, torch.randn(3, 10), moe.w1, moe.b1, moe.w2, executed, "relu")
+            for executed in (torch.ones(1, 6).bool(), torch.ones(4, 6).bool(), torch.ones(3, 6).int())
+        ],
         "projections must be one of": [config(projections="conv")],
         "mlp in a dense model only": [config(experts, projections="mlp"), config(projections, projection_experts=4)],
         "layer_norm_epsilon .* router_power": [config(layer_norm_epsilon=-1.0), config(router_power=0.0)],
@@ -1465,6 +1469,10 @@ def test_splitting_loses_nothing_and_experts_are_the_clusters_of_features_by_pla
         dense, idx = tiny_dense(bias=bias, activation=activation), torch.randint(257, (2, 16))
         for source in (dense, with_projection_mlps(dense)):
             assert_close(tiny_moe(source)(idx)[0], source(idx)[0].double(), 1e-5)
+    layer, x = random_moe(), torch.randn(5, 10)  # whose own biases must not stay
+    for mlp in (d2dmoe.MLP(10, 24, "relu", "none", bias) for bias in (True, False)):
+        convert.split_mlp(mlp, layer, torch.arange(24) % 6)
+        assert_close(layer(x)[0], mlp(x)[0].double(), 1e-5)
     dense, idx = tiny_dense(), torch.randint(257, (4, 16))
     moe = tiny_moe(dense)
     dense.hidden(idx, inputs=(inputs := []))
