@@ -78,43 +78,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sampled_addmm, asked for every entry, reads faster; for 2 to FEW_ROWS rows a batch of eight parts of the weights."""
     if not reading_is_slow(x, weight, bias):
         return F.linear(x, weight, bias)
-    out, row = len(weight), x.reshape(1, -1, weight.shape[1])  # [1, N, in]
-    if row.shape[1] == 1:
-        start = row.new_zeros(out) if bias is None else bias.expand(out).clone()  # [out]
-        y = sampled_product(row[0].expand(4, -1), weight, quarters(out), up_to(out), start)  # [out]
-        return y.view(*x.shape[:-1], out)  # [..., out]
-    n = out - out % 8
-    w8 = weight[:n].view(8, n // 8, weight.shape[1]).transpose(1, 2)  # [8, in, n/8]
-    y = torch.bmm(row.expand(8, -1, -1), w8)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], n)  # [..., n]
+    (*leading, width), out = x.shape, len(weight)
+    x = x.reshape(-1, width)  # [N, in]
+    if len(x) == 1:
+        start = x.new_zeros(out) if bias is None else bias.expand(out).clone()  # [out]
+        return sampled_product(x, weight, every_row(out), start).view(*leading, out)  # [..., out]
+    n = out - out % 8  # outputs that make eight equal parts
+    parts = weight[:n].view(8, n // 8, width).transpose(1, 2)  # [8, in, n/8]
+    y = torch.bmm(x.expand(8, -1, -1), parts)  # [8, N, in] @ [8, in, n/8] -> [8, N, n/8]
+    y = y.transpose(0, 1).reshape(len(x), n)  # [N, n]
     if n < out:
-        y = torch.cat((y, F.linear(x, weight[n:])), dim=-1)  # [..., out]
+        y = torch.cat((y, F.linear(x, weight[n:])), dim=1)  # [N, out]
+    y = y.view(*leading, out)  # [..., out]
     return y if bias is None else y.add_(bias)
 
 
-def sampled_product(x: Tensor, weight: Tensor, ends: Tensor, entries: Tensor, start: Tensor) -> Tensor:
-    """start + chosen entries of x weight^T, x [rows, in], weight [out, in]: of row i, those in columns
-    entries[ends[i]:ends[i + 1]]. The rows are shared out among threads. -> start [len(entries)], written over"""
-    start, size = start.view_as(entries), (len(x), len(weight))  # nothing else checks the length
-    wanted = torch.sparse_csr_tensor(ends, entries, start, size, device=x.device, check_invariants=False)
+# Two operators that read only chosen rows of weights. `rows` lists the choices of all N tokens, M together, one token's
+# after another's: token i's are rows[j] for j from offsets[i] up to offsets[i + 1] (offsets [N + 1], the last is M).
+# The threads share out the tokens. A single token has no offsets: it is computed as four, with a quarter of M each.
+
+
+def sampled_product(x: Tensor, weight: Tensor, rows: Tensor, start: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """start[j] + x[i] @ weight[rows[j]], for every token i and its j: of x weight^T only the entries that a sparse
+    matrix in CSR format names.   x [N, in], weight [out, in], rows [M] -> start [M], written over"""
+    if offsets is None:
+        x, offsets = x.expand(4, -1), quarters(len(rows))  # [4, in], [5]
+    start, size = start.view_as(rows), (len(x), len(weight))  # nothing else checks the length
+    wanted = torch.sparse_csr_tensor(offsets, rows, start, size, device=x.device, check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, x, weight.t(), out=wanted).values()  # without out it copies all indices
 
 
-def weighted_sums(a: Tensor, w2: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
-    """Sums of chosen rows of w2 [in, out], each times its factor in a [len(rows)]: sum i is of those in
-    rows[ends[i]:ends[i + 1]]. The sums are shared out among threads. -> [len(ends) - 1, out]"""
-    return F.embedding_bag(rows, w2, ends, mode="sum", per_sample_weights=a, include_last_offset=True)
+def weighted_sums(a: Tensor, w2: Tensor, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The sum of a[j] * w2[rows[j]] over the j of each token.   a [M], w2 [in, out], rows [M] -> [N, out]"""
+    if offsets is None:
+        return weighted_sums(a, w2, rows, quarters(len(rows))).sum(0, keepdim=True)  # [4, out] -> [1, out]
+    return F.embedding_bag(rows, w2, offsets, mode="sum", per_sample_weights=a, include_last_offset=True)
 
 
 @functools.cache
 def quarters(n: int) -> Tensor:
-    """Where each quarter of n entries or rows begins, and where the last one ends [5]. What is asked of one token is
-    asked in quarters, so that every thread has some."""
+    """offsets [5] of four tokens that share n rows as equally as possible, kept from call to call"""
     return torch.tensor([n * i // 4 for i in range(5)], device="cpu")
 
 
 @functools.cache
-def up_to(n: int) -> Tensor:
+def every_row(n: int) -> Tensor:
     """0, 1, 2 and so on [n], kept from call to call"""
     return torch.arange(n, device="cpu")
 
@@ -160,8 +168,7 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
     if E * h % 8 or not reading_is_slow(a, w2):
         return a @ w2  # [N, d]
     if N in (2, 3) or N == 1 and d <= 512:  # where this reads fastest
-        sums = [weighted_sums(row, w2, quarters(E * h), up_to(E * h)) for row in a]  # N of [4, d]
-        return torch.stack(sums).sum(1)  # [N, d]
+        return torch.cat([weighted_sums(row, w2, every_row(E * h)) for row in a])  # N of [1, d] -> [N, d]
     parts = a.view(N, 8, -1).transpose(0, 1)  # [8, N, E*h/8]
     return torch.bmm(parts, w2.view(8, -1, d)).sum(0)  # [8, N, E*h/8] @ [8, E*h/8, d] -> [8, N, d] -> [N, d]
 
@@ -174,16 +181,11 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
     experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    rows = up_to(E * h).view(E, h)  # each neuron's row of w1 and w2 seen as [E*h, d]
-    neurons = rows.index_select(0, experts).flatten()  # [pairs*h]
-    if N == 1:  # four equal rows, as in `linear`
-        x, ends = x.expand(4, d), quarters(len(neurons))  # [4, d], [5]
-    else:
-        ends = h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], where tokens' neurons begin, the last one's end
+    rows = every_row(E * h).view(E, h).index_select(0, experts).flatten()  # [pairs*h], of w1 and w2 seen as [E*h, d]
     b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
-    a = activate_(sampled_product(x, w1.view(E * h, d), ends, neurons, b1), activation)  # [pairs*h]
-    y = weighted_sums(a, w2.view(E * h, d), ends, neurons)  # [N, d] (of one token [4, d])
-    return y.sum(0, keepdim=True) if N == 1 else y  # [N, d]
+    offsets = None if N == 1 else h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], each token's place in rows
+    a = activate_(sampled_product(x, w1.view(E * h, d), rows, b1, offsets), activation)  # [pairs*h]
+    return weighted_sums(a, w2.view(E * h, d), rows, offsets)  # [N, d]
 
 
 def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
