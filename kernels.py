@@ -93,6 +93,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def matmul(a: Tensor, w2: Tensor) -> Tensor:
+    """a @ w2, a [N, in], w2 [in, out]: what `linear` is for weights stored the other way round, as w2's are here. For a
+    few rows the sum over in, the rows of w2, is taken in parts: in quarters or in eighths."""
+    (N, width), out = a.shape, w2.shape[1]
+    if width % 8 or not reading_is_slow(a, w2):
+        return a @ w2  # [N, out]
+    if N in (2, 3) or N == 1 and out <= 512:  # where this reads fastest
+        return torch.cat([weighted_sums(row, w2, every_row(width)) for row in a])  # N of [1, out] -> [N, out]
+    parts = a.view(N, 8, width // 8).transpose(0, 1)  # [8, N, in/8]
+    y = torch.bmm(parts, w2.view(8, width // 8, out))  # [8, N, in/8] @ [8, in/8, out] -> [8, N, out]
+    return y.sum(0)  # [N, out]
+
+
 # Two operators that read only chosen rows of weights. `rows` lists the choices of all N tokens, M together, one token's
 # after another's: token i's are rows[j] for j from offsets[i] up to offsets[i + 1] (offsets [N + 1], the last is M).
 # The threads share out the tokens. A single token has no offsets: it is computed as four, with a quarter of M each.
@@ -164,13 +177,7 @@ def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | 
             a.view(N, E, h).mul_(executed.unsqueeze(-1))
         else:
             a.view(N, E, h).masked_fill_(~executed.unsqueeze(-1), 0)
-    w2 = w2.flatten(0, 1)  # [E*h, d]
-    if E * h % 8 or not reading_is_slow(a, w2):
-        return a @ w2  # [N, d]
-    if N in (2, 3) or N == 1 and d <= 512:  # where this reads fastest
-        return torch.cat([weighted_sums(row, w2, every_row(E * h)) for row in a])  # N of [1, d] -> [N, d]
-    parts = a.view(N, 8, -1).transpose(0, 1)  # [8, N, E*h/8]
-    return torch.bmm(parts, w2.view(8, -1, d)).sum(0)  # [8, N, E*h/8] @ [8, E*h/8, d] -> [8, N, d] -> [N, d]
+    return matmul(a, w2.flatten(0, 1))  # [N, E*h] @ [E*h, d] -> [N, d]
 
 
 def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
