@@ -14,7 +14,7 @@ w2[e] [h, d] is the transpose of the paper's W2_e; the bias b2 is added by who c
 
 `linear` is F.linear, faster on a CPU for a few rows; every linear layer uses it, of the dense model too.
 
-Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons per expert;
+Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons per expert, K = executed.sum();
 x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d] (a row is a neuron, in both matrices), executed [N, E] bool.
 
 `python kernels.py` checks every path against float64 and prints benchmarks against the dense layer.
@@ -187,11 +187,11 @@ def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     (N, d), (E, h, _) = x.shape, w1.shape
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
-    experts = executed.nonzero()[:, 1]  # [pairs], token by token
-    rows = every_row(E * h).view(E, h).index_select(0, experts).flatten()  # [pairs*h], of w1 and w2 seen as [E*h, d]
-    b1 = b1.index_select(0, experts).flatten()  # [pairs*h]
+    experts = executed.nonzero()[:, 1]  # [K], token by token
+    rows = every_row(E * h).view(E, h).index_select(0, experts).flatten()  # [K*h], of w1 and w2 seen as [E*h, d]
+    b1 = b1.index_select(0, experts).flatten()  # [K*h]
     offsets = None if N == 1 else h * F.pad(executed.sum(1).cumsum(0), (1, 0))  # [N+1], each token's place in rows
-    a = activate_(sampled_product(x, w1.view(E * h, d), rows, b1, offsets), activation)  # [pairs*h]
+    a = activate_(sampled_product(x, w1.view(E * h, d), rows, b1, offsets), activation)  # [K*h]
     return weighted_sums(a, w2.view(E * h, d), rows, offsets)  # [N, d]
 
 
@@ -457,30 +457,31 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     return cpu_ffn(*args)
 
 
-# What the paths cost on a CPU. The unit is the time in which a large dense layer uses a pair of weights, one of w1 and
-# one of w2, for one token; the two cores that were measured do 49 pairs per ns. Calls and reads are converted into it.
+# What the paths cost on a CPU. A dense layer multiplies every token with N * E * h * d pairs of weights, one of w1 and
+# one of w2. The time of one such multiplication in a large dense layer is the unit: the two cores that were measured do
+# 49 of them per ns. All that takes time besides is converted into this unit.
 DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us; per expert in use 57 us (28 to 75)
 GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
-READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once
-SAMPLED = 2.4  # a pair in sampled_ffn, which does not reuse a row of weights for several tokens
+READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once for all tokens
+SAMPLED = 2.4  # a multiplication in sampled_ffn, which does not reuse a row of weights for several tokens
 
 
 def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """expert_ffn on a CPU without gradients: estimates what each path would take and runs the fastest."""
-    (N, _), (E, h, d) = x.shape, w1.shape
+    (N, d), (E, h, _) = x.shape, w1.shape
     if executed is None:
         return dense_ffn(x, w1, b1, w2, None, activation)
     counts = executed.tolist()[0] if N == 1 else executed.sum(0).tolist()  # [E], tokens of each expert
-    pairs, used = sum(counts), E - counts.count(0)
-    if pairs == N * E:
+    K, used = sum(counts), E - counts.count(0)  # the experts that run, counted for every token; and counted once
+    if K == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
-    calls = DENSE_CALLS if E * h * d < SMALL else 2 * DENSE_CALLS  # twice as many where `linear` splits the weights
-    cost = {
-        dense_ffn: calls + E * h * d * (READ + N),
-        grouped_ffn: pairs * (GROUPED_ROW + h * d) + used * (GROUPED_CALLS + h * d * READ_GROUPED),
+    splits = 1 if E * h * d < SMALL else 2  # where `linear` and `matmul` split the weights they call twice as much
+    cost = {  # calls, then for a pair of weights: how often it is read, how often it is multiplied
+        dense_ffn: splits * DENSE_CALLS + h * d * (E * READ + N * E),
+        grouped_ffn: used * GROUPED_CALLS + K * GROUPED_ROW + h * d * (used * READ_GROUPED + K),
     }
     if x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():  # as sampled_addmm and its views need
-        cost[sampled_ffn] = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + pairs * SAMPLED)
+        cost[sampled_ffn] = SAMPLED_CALLS + h * d * (used * READ_SAMPLED + K * SAMPLED)
     return min(cost, key=cost.get)(x, w1, b1, w2, executed, activation)
 
 
