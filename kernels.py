@@ -12,7 +12,8 @@ w2[e] [h, d] is the transpose of the paper's W2_e; the bias b2 is added by who c
     grouped_ffn   many tokens on a CPU: each expert gathers its tokens, two matmuls, scatter-add
     triton_ffn    a GPU: two kernels for a few tokens, three for many; no atomics, so results repeat bit for bit
 
-`linear` is F.linear, faster on a CPU for a few rows; every linear layer uses it, of the dense model too.
+`linear` is F.linear and `matmul` is @, both faster on a CPU for a few rows. Every linear layer uses `linear`, of the
+dense model too.
 
 Shapes, here and in the kernels: N tokens, d model width, E experts, h neurons per expert, K = executed.sum();
 x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d] (a row is a neuron, in both matrices), executed [N, E] bool.
@@ -65,10 +66,10 @@ def masked_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
 # A linear layer for a few rows
 
 FEW_ROWS = 128  # with more, one large matmul is as good
-SMALL = 1 << 18  # fewer weights than these (1 MB) stay in a cache, where the calls cost more than they save
+FEW_WEIGHTS = 1 << 18  # fewer than these (1 MB) stay in a cache, where our calls cost more than they save
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # PyTorch says once per process that this format is beta: here, unheard
+    warnings.simplefilter("ignore")  # of the format's first use PyTorch warns that it is beta: here nobody hears it
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
@@ -76,7 +77,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, x [..., in] -> [..., out], for every linear layer. Generating text multiplies one row by all weights,
     which takes as long as reading them, and MKL's matmul reads slowly and on one thread. For one row PyTorch's own
     sampled_addmm, asked for every entry, reads faster; for 2 to FEW_ROWS rows a batch of eight parts of the weights."""
-    if not reading_is_slow(x, weight, bias):
+    if not few_rows_on_cpu(x, weight, bias):
         return F.linear(x, weight, bias)
     (*leading, width), out = x.shape, len(weight)
     x = x.reshape(-1, width)  # [N, in]
@@ -97,7 +98,7 @@ def matmul(a: Tensor, w2: Tensor) -> Tensor:
     """a @ w2, a [N, in], w2 [in, out]: what `linear` is for weights stored the other way round, as w2's are here. For a
     few rows the sum over in, the rows of w2, is taken in parts: in quarters or in eighths."""
     (N, width), out = a.shape, w2.shape[1]
-    if width % 8 or not reading_is_slow(a, w2):
+    if width % 8 or not few_rows_on_cpu(a, w2):
         return a @ w2  # [N, out]
     if N in (2, 3) or N == 1 and out <= 512:  # where this reads fastest
         return torch.cat([weighted_sums(row, w2, every_row(width)) for row in a])  # N of [1, out] -> [N, out]
@@ -140,11 +141,13 @@ def every_row(n: int) -> Tensor:
     return torch.arange(n, device="cpu")
 
 
-def reading_is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `linear` should do other than F.linear. A rule by shape and not a timing, so that a busy machine cannot
-    change it and equal inputs give equal outputs. Where it holds, weights that come from memory are read about twice as
-    fast, and those that lie in a cache at most a fifth slower."""
-    if torch.compiler.is_compiling() or weight.numel() < SMALL:  # compiling first, or it would depend on the sizes
+def few_rows_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `linear` and `matmul` go their own way: for 1 to FEW_ROWS rows, float32, no gradients, weights too many
+    for a cache. A rule by shape and not a timing, so that a busy machine cannot change it and equal inputs give equal
+    outputs. Where it holds, weights that come from memory are read about twice as fast, and those that do lie in a
+    cache at most a fifth slower."""
+    # Compiling comes first, or the compiled code would depend on the sizes.
+    if torch.compiler.is_compiling() or weight.numel() < FEW_WEIGHTS:
         return False
     rows = x.shape[:-1].numel()
     return (
@@ -475,9 +478,9 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     K, used = sum(counts), E - counts.count(0)  # the experts that run, counted for every token; and counted once
     if K == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
-    splits = 1 if E * h * d < SMALL else 2  # where `linear` and `matmul` split the weights they call twice as much
+    dense_calls = DENSE_CALLS if E * h * d < FEW_WEIGHTS else 2 * DENSE_CALLS  # twice as many, for parts of W1 and W2
     cost = {  # calls, then for a pair of weights: how often it is read, how often it is multiplied
-        dense_ffn: splits * DENSE_CALLS + h * d * (E * READ + N * E),
+        dense_ffn: dense_calls + h * d * (E * READ + N * E),
         grouped_ffn: used * GROUPED_CALLS + K * GROUPED_ROW + h * d * (used * READ_GROUPED + K),
     }
     if x.dtype == torch.float32 and w1.is_contiguous() and w2.is_contiguous():  # as sampled_addmm and its views need
