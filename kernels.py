@@ -530,14 +530,15 @@ def median_times(runs: list[Callable], repeats: int, device: str) -> list[float]
     a slow moment of the machine hits them all; a turn is four calls, of which the first warms up and is not counted."""
     if device != "cpu":  # Triton's own benchmark empties the cache before each call and times by events
         return [triton.testing.do_bench(functools.partial(run, 0), return_mode="median") / 1e3 for run in runs]
-    times = [[] for _ in runs]
+    contest = [(run, []) for run in runs]  # each with its times
     for turn in range(repeats):
-        for run, seconds in list(zip(runs, times, strict=True))[:: 1 if turn % 2 else -1]:
-            for i in range(4 * turn, 4 * turn + 4):
+        for run, times in contest if turn % 2 else reversed(contest):
+            for call in range(4):
                 start = time.perf_counter()
-                run(i)
-                seconds.append(time.perf_counter() - start)
-    return [statistics.median(t for i, t in enumerate(seconds) if i % 4) for seconds in times]
+                run(4 * turn + call)
+                if call > 0:
+                    times.append(time.perf_counter() - start)
+    return [statistics.median(times) for _, times in contest]
 
 
 def dense_layer(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
@@ -550,7 +551,7 @@ CACHE_BYTES = 128 << 20  # more than the last-level cache of most CPUs
 
 def benchmark(device: str, dtype: torch.dtype, d: int, E: int, h: int, tokens: list[int], repeats: int = 25):
     """Times the layer with experts and the dense one; yields (N, executed share, seconds dense, seconds ours)."""
-    weight_bytes = 2 * E * h * d * torch.finfo(dtype).bits / 8
+    weight_bytes = 2 * E * h * d * dtype.itemsize
     # rotated, so that no call finds its weights in a cache
     sets = max(8, math.ceil(2 * CACHE_BYTES / weight_bytes)) if device == "cpu" else 1
     layers = [random_layer(1, d, E, h, dtype, device)[1:] for _ in range(sets)]
