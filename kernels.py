@@ -173,20 +173,20 @@ def activate_(z: Tensor, activation: str) -> Tensor:
 
 def dense_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """masked_ffn without gradients, in place; executed is None where every expert runs."""
-    (N, d), (E, h, _) = x.shape, w1.shape
     a = activate_(linear(x, w1.flatten(0, 1), b1.flatten()), activation)  # [N, E*h]
     if executed is not None:
+        by_expert, keep = a.view(-1, *b1.shape), executed.unsqueeze(-1)  # [N, E, h], [N, E, 1]
         if a.dtype == torch.float32:  # up to six times as fast; a float16 may have become infinite, and inf * 0 is nan
-            a.view(N, E, h).mul_(executed.unsqueeze(-1))
+            by_expert.mul_(keep)
         else:
-            a.view(N, E, h).masked_fill_(~executed.unsqueeze(-1), 0)
+            by_expert.masked_fill_(~keep, 0)
     return matmul(a, w2.flatten(0, 1))  # [N, E*h] @ [E*h, d] -> [N, d]
 
 
 def sampled_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor, activation: str) -> Tensor:
-    """Only the executed experts' weights are read, where they lie: of x W1^T their neurons' entries are computed, then
-    their rows of W2 are added up, weighted by the activations. Reading is most of the cost of a few tokens; for
-    many it pays where experts are so small or rare that grouping costs more."""
+    """Only the executed experts' weights are read, where they lie: each of their neurons multiplies its row of w1 with
+    the token, then their rows of w2 are added up, weighted by the activations. Reading is most of the cost of a few
+    tokens; for many it pays where experts are so small or rare that grouping costs more."""
     (N, d), (E, h, _) = x.shape, w1.shape
     if N == 0:  # a sparse matrix must have rows
         return torch.empty_like(x)
@@ -202,7 +202,8 @@ def grouped_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     """Every expert runs on its own tokens: per expert one gather, two matmuls, one scatter-add."""
     y = torch.zeros_like(x)
     counts = executed.sum(0).tolist()  # n_e, tokens of each expert
-    for e, tokens in enumerate(executed.t().nonzero()[:, 1].split(counts)):  # [n_e]
+    tokens_of = executed.t().nonzero()[:, 1].split(counts)  # [K], expert by expert -> E of [n_e]
+    for e, tokens in enumerate(tokens_of):
         if counts[e]:
             a = activate_(F.linear(x.index_select(0, tokens), w1[e], b1[e]), activation)  # [n_e, h]
             y.index_add_(0, tokens, a @ w2[e])  # [n_e, d] into [N, d]
