@@ -586,8 +586,8 @@ def print_sizes(sizes: list[int]) -> None:
     print("            one token                    2,048 tokens\n     d" + 2 * "   100%   50%   25%   10% ")
     for d in sizes:
         rows = benchmark("cpu", torch.float32, d, E=32, h=d // 8, tokens=[1, 2048], repeats=40)
-        ratios = [t_dense / t_ours for _, _, t_dense, t_ours in rows]
-        print(f"{d:6d} " + "  ".join("".join(f"{r:5.2f}x" for r in ratios[i : i + 4]) for i in (0, 4)), flush=True)
+        cells = [f"{t_dense / t_ours:5.2f}x" for _, _, t_dense, t_ours in rows]
+        print(f"{d:6d} {''.join(cells[:4])}  {''.join(cells[4:])}", flush=True)
 
 
 def main() -> None:
