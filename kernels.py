@@ -377,6 +377,11 @@ FLOAT32 = {
 }
 
 
+def on_nvidia(x: Tensor) -> bool:
+    """In PyTorch an AMD GPU is a cuda device too; torch.version.cuda is then None."""
+    return x.is_cuda and torch.version.cuda is not None
+
+
 def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
     """On a GPU, float32, bfloat16 or float16, equal bit for bit from run to run. Sums are float32; of many tokens an
     expert's output is rounded to x's dtype before it is added.
@@ -387,7 +392,7 @@ def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     (N, d), h = x.shape, w1.shape[1]
     # Small experts do too little with the rows that they gather, rows that are not aligned are slow to load, and on
     # NVIDIA's GPUs before Ampere Triton has no tensor cores: there many tokens run dense.
-    old = x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) < (8, 0)
+    old = on_nvidia(x) and torch.cuda.get_device_capability(x.device) < (8, 0)
     if executed is None or (N > DECODE_TOKENS and (h < 64 or d % 16 or old)):
         return dense_ffn(x, w1, b1, w2, executed, activation)
     # Under torch.compile it is a custom operator, which is kept whole. Calling one costs time, so elsewhere the plain
@@ -402,8 +407,7 @@ def _triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor,
     y = torch.empty_like(x)
     if N == 0:
         return y
-    # Triton knows "tf32" for NVIDIA's GPUs only.
-    tf32 = x.is_cuda and torch.version.cuda is not None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = on_nvidia(x) and torch.backends.cuda.matmul.fp32_precision == "tf32"  # Triton has it for NVIDIA's alone
     precision = "tf32" if tf32 else "ieee"
     config = FLOAT32 if x.dtype == torch.float32 else HALF
     with torch.cuda.device_of(x):  # Triton launches on the current device
