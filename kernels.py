@@ -465,9 +465,9 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     return cpu_ffn(*args)
 
 
-# What the paths cost on a CPU. A dense layer multiplies every token with N * E * h * d pairs of weights, one of w1 and
-# one of w2. The time of one such multiplication in a large dense layer is the unit: the two cores that were measured do
-# 49 of them per ns. All that takes time besides is converted into this unit.
+# What the paths cost on a CPU. A dense layer multiplies each of N tokens by E * h * d pairs of weights, one of w1 and
+# one of w2. The time that one pair takes in a large dense layer is the unit (the two cores that were measured do 49
+# pairs per ns), and all else that takes time is converted into it.
 DENSE_CALLS, SAMPLED_CALLS, GROUPED_CALLS = 1.2e6, 2e6, 2.8e6  # 25 us, 40 us; per expert in use 57 us (28 to 75)
 GROUPED_ROW = 5e3  # 0.1 us for every token of an expert: to gather it and to add its output
 READ, READ_SAMPLED, READ_GROUPED = 12, 11, 15  # fetching a pair of weights from memory, once for all tokens
@@ -483,7 +483,7 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     K, used = sum(counts), E - counts.count(0)  # the experts that run, counted for every token; and counted once
     if K == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
-    dense_calls = DENSE_CALLS if E * h * d < FEW_WEIGHTS else 2 * DENSE_CALLS  # twice as many, for parts of W1 and W2
+    dense_calls = DENSE_CALLS if E * h * d < FEW_WEIGHTS else 2 * DENSE_CALLS  # as `linear` and `matmul` make more
     cost = {  # calls, then for a pair of weights: how often it is read, how often it is multiplied
         dense_ffn: dense_calls + h * d * (E * READ + N * E),
         grouped_ffn: used * GROUPED_CALLS + K * GROUPED_ROW + h * d * (used * READ_GROUPED + K),
