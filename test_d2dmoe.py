@@ -150,11 +150,17 @@ def refused(function, *arguments):
     return line
 
 
-def check_refusals(refuse, table):
-    """refuse(wrong) gives a line of the pattern, for a table {pattern: [what is wrong, ...]}."""
+def check_refusals(call, table, path=None):
+    """For a table {pattern: [what is wrong, ...]}: it is refused, with a line of the pattern, by call(wrong) or, where
+    there is a path, by call() once it is written there; the line then names the file."""
     for pattern, wrongs in table.items():
         for wrong in wrongs:
-            line = refuse(wrong)
+            if path is None:
+                line = refused(call, wrong)
+            else:
+                path.write_bytes(wrong) if isinstance(wrong, bytes) else torch.save(wrong, path)
+                line = refused(call)
+                assert path.name in line
             assert re.search(pattern, line), (wrong, line)
 
 
@@ -223,12 +229,10 @@ def output_of(process):
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels.py
 
-ODD_SHAPES = [  # N, d, E, h
+
+@pytest.mark.parametrize("N, d, E, h", [
     (0, 16, 3, 8), (1, 33, 1, 5), (1, 40, 7, 24), (2, 64, 4, 64), (17, 40, 3, 24), (17, 48, 1, 72), (40, 20, 5, 3),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("N, d, E, h", ODD_SHAPES)
+])  # fmt: skip
 def test_every_path_equals_the_definition(N, d, E, h):
     paths = [kernels.expert_ffn, kernels.masked_ffn, kernels.dense_ffn, kernels.grouped_ffn, kernels.sampled_ffn]
     paths += [kernels.triton_ffn] if kernels.triton else []
@@ -699,7 +703,7 @@ def test_functions_raise_ordinary_exceptions_so_that_they_can_be_taught():
     evaluate = lambda tokens, windows: partial(train.evaluate, dense, np.array(tokens, np.uint16), windows)
     clusters = lambda k: partial(convert.balanced_kmeans, torch.randn(10, 3), k, seed=0)
     generate = lambda T=1, **options: lambda: list(d2dmoe.generate(dense, torch.ones(1, T).long(), 2, **options))
-    check_refusals(refused, {
+    check_refusals(lambda call: call(), {
         "n_embd and d_ff must be at least 1": [config(n_layer=0), config(d_ff=-4)],
         "width must be at least 1": [
             config(experts, router_width=0), config(both, projection_experts=4, projection_router_width=0),
@@ -855,7 +859,7 @@ def test_a_hugging_face_folder_that_would_compute_something_else_is_refused_by_n
     ):  # fmt: skip
         line = refused(load_model, hf_folder(folder, weights, **untied | {name: value}))
         assert name in line and str(value) in line and "not implemented here" in line
-    check_refusals(lambda changes: refused(load_model, hf_folder(folder, weights, **untied | changes)), {
+    check_refusals(lambda changes: load_model(hf_folder(folder, weights, **untied | changes)), {
         "a model of type gpt_neo: only GPT-2": [dict(model_type="gpt_neo")],
         "a model of type None": [dict(model_type="absent")],
         "lacks n_head": [dict(n_head="absent")],
@@ -922,13 +926,11 @@ def test_nanogpts_checkpoints_are_computed_exactly(tmp_path):
     for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
         torch.save(nanogpt(weights, prefix, dropout=0.5, flash=False), tmp_path / "ckpt.pt")
         computes(weights=weights)
-    for message, changes in {  # the first two of its forks
-        "model_args sets n_kv_head: not implemented": dict(n_kv_head=2),
-        "model_args sets activation, layer_norm_epsilon": dict(activation="relu", layer_norm_epsilon=1e-3),
-        "size mismatch": dict(block_size=99),
-    }.items():
-        torch.save(nanogpt(weights, **changes), tmp_path / "ckpt.pt")
-        assert message in refused(load_model, tmp_path)
+    check_refusals(partial(load_model, tmp_path), {  # the first two of its forks
+        "model_args sets n_kv_head: not implemented": [nanogpt(weights, n_kv_head=2)],
+        "model_args sets activation, window": [nanogpt(weights, window=8, activation="relu")],
+        "size mismatch": [nanogpt(weights, block_size=99)],
+    }, tmp_path / "ckpt.pt")  # fmt: skip
 
 
 def test_our_checkpoints_come_back_equal(tmp_path):
@@ -964,14 +966,7 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path, monkeypatc
     with_weights = lambda **changes: ours | {"model": state | changes}
     without_ln_f = {k: w for k, w in state.items() if "ln_f" not in k}
     bare, evil = nanogpt(weights)["model"], Evil(tmp_path / "executed")
-
-    def refusal(content):
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        line = refused(load_model, tmp_path)
-        assert str(tmp_path) in line
-        return line
-
-    check_refusals(refusal, {
+    check_refusals(partial(load_model, tmp_path), {
         "config lacks activation, bias, block_size, penalty, vocab_size": [
             {"model": bare, "config": {"n_layer": 2, "n_head": 4, "n_embd": 32}}],
         "rotary: not implemented": [with_config(rotary=True)],
@@ -1000,7 +995,7 @@ def test_what_cannot_be_computed_is_refused_with_its_reason(tmp_path, monkeypatc
         "object of (builtins|io|_io).open|damaged": [pickle.dumps(evil)],
         "does not hold a GPT-2|damaged": [pickle.dumps({"a": 1})],
         "it is damaged": [b"", b"\x89PNG\r\n" * 99],
-    })  # fmt: skip
+    }, path)  # fmt: skip
     assert not (tmp_path / "executed").exists()
 
     path.unlink()
@@ -1069,9 +1064,9 @@ def test_nanogpts_character_bins_bring_their_tokenizer_and_code_beside_them_is_n
     assert b"itos" in (data / "meta.pkl").read_bytes()  # nanoGPT's own
     wrong = [{0: "ab"}, {0: "ab", 1: ""}, {0: "a", 1: "a"}, {1: "a"}, {0: 7}, 3]
     wrong = [{"itos": itos} for itos in wrong] + [[], {}, {"tokenizer": "nonsense"}, {"tokenizer": "characters:"}]
-    for table in (*wrong, evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}):
-        (data / "meta.pkl").write_bytes(pickle.dumps(table))
-        assert "meta.pkl does not name a tokenizer known here" in refused(train.own_tokenizer, data)
+    pickles = map(pickle.dumps, (*wrong, evil, {"itos": evil}, {"itos": {0: "a"}, "x": evil}))
+    own = partial(train.own_tokenizer, data)
+    check_refusals(own, {"does not name a tokenizer known here": pickles}, data / "meta.pkl")
     assert not (tmp_path / "executed").exists()
 
 
@@ -1181,16 +1176,13 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
 def test_token_files_with_headers_or_of_other_widths_are_refused(tmp_path):
     path, config = write_bins(tmp_path) / "val.bin", tiny_config()
     llm_c = np.array([20240520, 1, *range(900)], np.int32).tobytes()
-    for message, contents in {
+    check_refusals(partial(train.open_tokens, tmp_path, config), {
         "not a plain file of uint16": [b"\x93NUMPY\1\0" + bytes(900), llm_c, bytes(901)],
         "a header, an odd size or wider": [np.arange(200, dtype=wide).tobytes() for wide in (np.uint32, np.int64)],
         "holds text, not tokens": [b"to be or not to be " * 90],
         "token 257 lies outside the vocabulary of 257": [np.arange(258, dtype=np.uint16).tobytes()],
         "(16|0) tokens are too few for a context of 16": [np.full(16, 200, np.uint16).tobytes(), b""],
-    }.items():
-        for content in contents:
-            path.write_bytes(content)
-            assert re.search(f"val.bin.* {message}", refused(train.open_tokens, tmp_path, config))
+    }, path)  # fmt: skip
     path.unlink()
     assert "val.bin is missing" in refused(train.open_tokens, tmp_path, config)
 
@@ -1633,9 +1625,8 @@ def test_tables_come_back_and_an_earlier_one_keeps_another_name(tmp_path, capsys
     shutil.copy(tmp_path / "cost_vs_loss-previous.csv", path)
     assert convert.read_table(tmp_path) == [first]
     damaged = ",".join(convert.COLUMNS) + "\nx,top_k,1,oops,1,1,2,2,t\n"
-    for content in (b"", b"a,b\n1,2\n", b"\xff\xfe" * 50, damaged.encode()):
-        path.write_bytes(content)
-        assert "or no table of this version" in refused(convert.read_table, tmp_path)
+    contents = [b"", b"a,b\n1,2\n", b"\xff\xfe" * 50, damaged.encode()]
+    check_refusals(partial(convert.read_table, tmp_path), {"or no table of this version": contents}, path)
     assert "run convert.py --eval there" in refused(convert.read_table, tmp_path / "nowhere")
 
 
@@ -1967,11 +1958,6 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
     copy_run(trained, tmp_path)
     good = saved(tmp_path)
     resume = (train.main, "--init", "resume", "--out", tmp_path, "--steps", 40)
-
-    def refusal(checkpoint):
-        torch.save(checkpoint, tmp_path / "ckpt.pt")
-        return refused(*resume)
-
     for name, wrong in {
         "arguments": (None, 3, ["--steps=30", 5], ["--lr=nan"], ["--lr"], ["stray"], ["--da=x"], ["--help"]),
         "step": (-1, "x", None, math.inf, math.nan, torch.zeros(3)),
@@ -1981,7 +1967,8 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
         "model": ({},),
     }.items():
         for value in wrong:
-            refusal(good | {name: value})
+            torch.save(good | {name: value}, tmp_path / "ckpt.pt")
+            refused(*resume)
     for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW would write past the end of a smaller one
         moments = good["optimizer"]["state"][1]
         right = moments[name]
@@ -1990,7 +1977,8 @@ def test_moments_and_settings_of_a_checkpoint_are_checked_before_they_are_used(t
             right.to_sparse(), right.to("meta"), right.tolist(), None,
         ):  # fmt: skip
             moments[name] = wrong
-            line = refusal(good)
+            torch.save(good, tmp_path / "ckpt.pt")
+            line = refused(*resume)
             assert "cannot be resumed" in line and f"use it with --init {tmp_path}/ckpt.pt" in line
         moments[name] = right
     elsewhere = [f"--out={tmp_path}/elsewhere", f"--data={tmp_path}/elsewhere", "--init=scratch", "--device=toaster"]
@@ -2065,13 +2053,8 @@ def test_a_run_never_changes_the_tokens_of_a_folder(trained, tmp_path):
 def stop_at(monkeypatch, step):
     """From now on a training gets SIGTERM in the middle of its step of that number, counted from 1."""
     plain, calls = train.training_loss, itertools.count(1)
-
-    def training_loss(*arguments):
-        if next(calls) == step:
-            signal.raise_signal(signal.SIGTERM)
-        return plain(*arguments)
-
-    monkeypatch.setattr(train, "training_loss", training_loss)
+    stop = lambda: next(calls) == step and signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(train, "training_loss", lambda *arguments: stop() or plain(*arguments))
 
 
 def test_a_stop_or_a_loss_that_is_not_finite_spares_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
