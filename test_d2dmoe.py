@@ -1107,6 +1107,7 @@ def test_of_the_standard_library_or_a_folder_text_is_taken_and_every_tenth_file_
         (folder / name).write_text("x")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    (tmp_path / "above.txt").touch()  # no link leads there
     (folder / "20.txt").rename(elsewhere / "20.txt")
     for name, target in (("missing.txt", "nowhere"), ("loop", "."), ("up", ".."), ("linked", elsewhere)):
         (folder / name).symlink_to(target)
@@ -1159,10 +1160,10 @@ def test_tokens_name_their_tokenizer(tmp_path, monkeypatch):
     for folder in (other, unnamed):
         run_train(folder, "--data", unnamed, "--tokenizer", "bytes", "--steps", 1)
         assert train.own_tokenizer(folder) == "bytes"
-    for name in ("train.bin", "val.bin", ""):  # a name that is left over is not taken for that of others' tokens
+    for name in ("train.bin", "val.bin", "meta.pkl"):  # one that is left over does not name others' tokens
         line = refused(run_train, other, "--data", write_bins(tmp_path / "more"), "--tokenizer", "gpt2", "--steps", 1)
         assert "has tokens of another text or tokenizer" in line
-        (other / (name or "meta.pkl")).unlink()
+        (other / name).unlink()
     run_train(other, "--data", tmp_path / "more", "--tokenizer", "gpt2", "--steps", 1)
 
     write_text(tmp_path / "text.txt")
@@ -1687,8 +1688,9 @@ def test_eval_measures_other_taus_and_trains_nothing_and_compare_draws_others(tr
     assert "at most three folders" in refused(*arguments, "--compare", *[trained] * 4)
     checkpoint, name = saved(tmp_path), "transformer.h.1.mlp.c_fc.weight"
     checkpoint["model"][name] = (checkpoint["model"][name] + 1).t().contiguous().t()  # trained again; in any layout
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert "was not converted from the model in" in refused(*arguments)
+    for name in ("ckpt.pt", "d2dmoe.pt"):  # then d2dmoe.pt is no conversion at all
+        torch.save(checkpoint, tmp_path / name)
+        assert "was not converted from the model in" in refused(*arguments)
 
 
 def test_a_picture_is_drawn_where_matplotlib_is_installed(trained, tmp_path, capsys, monkeypatch):
