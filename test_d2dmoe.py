@@ -1909,7 +1909,6 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     nano, bins = ("--ckpt", tmp_path / "nano.pt"), write_bins(tmp_path / "bins")
     words = write_bins(tmp_path / "words")  # of a run with other tokens
     (words / "meta.pkl").write_bytes(pickle.dumps({"tokenizer": "gpt2"}))
-    d2dmoe.save_checkpoint(words / "bytes.pt", tiny_dense(), tokenizer="bytes")
     into = (*TINY, "--data", text, "--out", out)
     too_late = ("--data", tmp_path / "empty.txt")  # what is refused before is not refused for it
     before = {p: p.read_bytes() for p in trained.iterdir()}
@@ -1924,7 +1923,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
         (train.main, [*into, "--data", bins], "nothing names the tokenizer of --data"),
         (train.main, [*into, "--data", trained, "--tokenizer", "gpt2"], "name different tokenizers"),
         (train.main, [*into, "--init", trained, "--data", words], "name different tokenizers"),
-        (convert.main, ["--ckpt", words / "bytes.pt", "--out", out, "--data", words], "name different tokenizers"),
+        (convert.main, ["--ckpt", trained, "--out", out, "--data", words], "name different tokenizers"),
         (train.main, ["--n_layer", "x"], "--n_layer: invalid int value: 'x'"),
         (convert.main, ["--ckpt", tmp_path / "converted"], "no checkpoint at"),
         (convert.main, ["--ckpt", trained / "d2dmoe.pt"], "is converted already"),
