@@ -663,14 +663,13 @@ def test_flops_by_hand():
         assert m == d // 2 and abs((2 * d * m + m + d) / (d * d + d) - 1) < 0.01  # parameters of d -> m -> d and d -> d
 
 
-@pytest.mark.parametrize("kind", ["experts", "attention"])
 @torch.no_grad()
-def test_a_gated_model_compiles_and_exports_whole(kind):
+def test_a_gated_model_compiles_and_exports_whole():
     class Gated(GPT):
         def forward(self, idx):
             return super().forward(idx, partial(dynamic_k, tau=0.7))[0]
 
-    gated, example, idx = models()[kind], torch.randint(257, (2, 16)), torch.randint(257, (2, 16))
+    gated, example, idx = models()["attention"], torch.randint(257, (2, 16)), torch.randint(257, (2, 16))
     gated.__class__ = Gated
     for tokens in (idx, idx[:, :1]):
         torch._dynamo.reset()
@@ -1526,10 +1525,9 @@ def test_training_routers_changes_routers_alone_and_lowers_their_loss(trained, r
     assert all(torch.equal(p, frozen[n]) for n, p in moe.named_parameters() if n in frozen)
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_finetuning_is_cross_entropy_with_the_gate_on_and_the_routers_regression(trained, monkeypatch, attention):
+def test_finetuning_is_cross_entropy_with_the_gate_on_and_the_routers_regression(trained, monkeypatch):
     dense = load_model(trained / "ckpt.pt").requires_grad_(False)
-    moe = tiny_moe(with_projection_mlps(dense) if attention else dense)
+    moe = tiny_moe(with_projection_mlps(dense))
     for layer in moe.layers():  # untrained routers hardly tell experts apart
         layer.router.fc2.weight.data.mul_(torch.logspace(-2, 0, len(layer.w1)).unsqueeze(1))
     draw, made = training_draw(trained, moe.config), {}
