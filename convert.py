@@ -615,9 +615,11 @@ def described(config: GPTConfig, args: argparse.Namespace, finetuned: bool = Fal
 
 
 def convert(dense: GPT, config: GPTConfig, tokens: np.ndarray, args: argparse.Namespace) -> GPT:
-    """The recipe: projection MLPs if asked for, split, routers. Raises ValueError."""
+    """The recipe: projection MLPs if asked for, split, routers; config is converted_config's. Raises ValueError."""
     device = dense.lm_head.weight.device
-    draw = partial(draw_batch, tokens, args.batch_size, config, device=device)  # (seed, step); a seed for each stage
+    # draw(seed, step): stages see different windows, projections alone those of seed, routers of seed + 1, projections
+    # jointly of seed + 2, fine-tuning (in main) of seed + 3.
+    draw = partial(draw_batch, tokens, args.batch_size, config, device=device)
     unsplit = dense
     if args.attention:
         alone, jointly = partial(draw, args.seed), partial(draw, args.seed + 2)
@@ -695,7 +697,7 @@ def main(argv: list[str] | None = None) -> None:
             # An earlier conversion's, as this one may be stopped before it has its own.
             put_aside(out / "cost_vs_loss.csv", out / "cost_vs_loss.png")
         if args.finetune:  # stopped or diverged, it leaves the file without it
-            draw = partial(draw_batch, tokens, args.batch_size, config, args.seed + 3, device=device)  # a 4th seed
+            draw = partial(draw_batch, tokens, args.batch_size, config, args.seed + 3, device=device)
             finetune(moe, draw, args.finetune, args.finetune_lr)
             recipe = described(config, args, finetuned=True)
             if rank == 0:

@@ -33,7 +33,7 @@ import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -520,12 +520,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's, of a full disk
+        # torch.save turns a full disk's OSError into a RuntimeError and keeps it as the context.
+        cause = error if isinstance(error, OSError) else error.__context__
         if getattr(cause, "errno", None) is None:  # raised for another file, with its own message; or a bug
             raise
         raise OSError(f"cannot write {path}: {cause.strerror}; an older file is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or a file system that is read-only now: what is raised above says more
+            temporary.unlink()
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
@@ -589,7 +591,7 @@ def check_fields(given: dict, required: set[str], allowed: set[str], what: str) 
 
 def bare(weights: dict) -> dict[str, Tensor]:
     """Without the prefixes of torch.compile and DataParallel and without causal masks. Raises ValueError."""
-    weights = {str(k).replace("_orig_mod.", "").replace("module.", ""): w for k, w in weights.items()}
+    weights = {re.sub(r"^(module\.)+", "", str(k).replace("_orig_mod.", "")): w for k, w in weights.items()}
     if any("lora_" in k for k in weights):
         raise ValueError("it holds a PEFT adapter: merge it into its model (merge_and_unload) and save that")
     masks = (".attn.bias", ".attn.masked_bias")

@@ -109,7 +109,8 @@ def matmul(a: Tensor, w2: Tensor) -> Tensor:
 
 # Two operators that read only chosen rows of weights. `rows` lists the choices of all N tokens, M together, one token's
 # after another's: token i's are rows[j] for j from offsets[i] up to offsets[i + 1] (offsets [N + 1], the last is M).
-# The threads share out the tokens. A single token has no offsets: it is computed as four, with a quarter of M each.
+# The threads share out the tokens. A single token has no offsets: it is computed as four, with a quarter of M each,
+# so that every thread has work.
 
 
 def sampled_product(x: Tensor, weight: Tensor, rows: Tensor, start: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -378,13 +379,13 @@ FLOAT32 = {
 
 
 def on_nvidia(x: Tensor) -> bool:
-    """In PyTorch an AMD GPU is a cuda device too; torch.version.cuda is then None."""
+    """Whether x lies on an NVIDIA GPU. (To PyTorch AMD's are cuda devices too; there torch.version.cuda is None.)"""
     return x.is_cuda and torch.version.cuda is not None
 
 
 def triton_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | None, activation: str) -> Tensor:
-    """On a GPU, float32, bfloat16 or float16, equal bit for bit from run to run. Sums are float32; of many tokens an
-    expert's output is rounded to x's dtype before it is added.
+    """On a GPU, float32, bfloat16 or float16, equal bit for bit from run to run. Each product is summed in float32;
+    of more than DECODE_TOKENS tokens each expert's output is rounded to x's dtype, then these are added in float32.
 
     The host never looks at the mask, so it need not wait for the GPU. float32 is IEEE arithmetic unless torch's own
     setting allows TF32. Has no gradient.
@@ -447,7 +448,8 @@ def expert_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor |
     """The sum of the executed experts' outputs, without the bias b2, by the path that should be fastest for this mask.
 
     x [N, d], w1 [E, h, d], b1 [E, h], w2 [E, h, d], executed [N, E] bool or None for all -> [N, d] in the weights'
-    dtype. Differentiable in x and the weights: where gradients are wanted the masked path runs. Raises ValueError.
+    dtype. Differentiable in x and the weights: where gradients are wanted the masked path runs. Raises ValueError
+    for an unknown activation and for a mask of another shape or type.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
@@ -484,7 +486,7 @@ def cpu_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, executed: Tensor | No
     if K == N * E:
         return dense_ffn(x, w1, b1, w2, None, activation)
     dense_calls = DENSE_CALLS if E * h * d < FEW_WEIGHTS else 2 * DENSE_CALLS  # as `linear` and `matmul` make more
-    cost = {  # calls, then for a pair of weights: how often it is read, how often it is multiplied
+    cost = {  # calls and rows, then, for a pair of weights, reading and multiplying it
         dense_ffn: dense_calls + h * d * (E * READ + N * E),
         grouped_ffn: used * GROUPED_CALLS + K * GROUPED_ROW + h * d * (used * READ_GROUPED + K),
     }

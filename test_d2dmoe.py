@@ -1913,7 +1913,7 @@ def test_user_errors_end_in_one_line(trained, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     for main, arguments, message in (
         (train.main, ["--init", "resume", "--out", out], f"no checkpoint at {out}/ckpt.pt: train.py writes"),
-        (train.main, ["--init", "resume", "--out", bare], "nor a folder with train.bin and val.bin"),
+        (train.main, ["--init", "resume", "--out", bare], "has no train.bin and val.bin: give their folder"),
         (train.main, [*into, "--init", trained / "d2dmoe.pt"], "training starts from a dense one"),
         (train.main, [*into, "--init", tmp_path / "nano.pt"], "nothing names the tokenizer of --data"),
         (train.main, [*into, "--data", tmp_path / "empty.txt"], "1 tokens are too few for a context of 16"),

@@ -553,7 +553,9 @@ def find_tokens(data: str, asked: str | None, stated: str | None, model: GPT | N
     told = {asked, stated, own_tokenizer(folder) if encoded else None} - {None}
     if len(told) > 1:
         raise ValueError(f"--tokenizer, checkpoint and meta.pkl name different tokenizers: {sorted(told)!r:.99}")
-    [tokenizer] = told or {None if encoded or model else "bytes"}  # a new model reads text as bytes
+    if not told:
+        told = {None if encoded or model else "bytes"}  # a new model reads text as bytes
+    [tokenizer] = told
     if tokenizer is None and not (encoded and model):
         raise ValueError(f"nothing names the tokenizer of --data {data}: add --tokenizer gpt2 or bytes")
     if tokenizer and model and vocabulary(tokenizer) > (V := model.config.vocab_size):
@@ -568,6 +570,8 @@ def put_tokens(folder: Path | None, data: str, tokenizer: str | None, out: Path,
     new = folder or out / ".new"
     try:
         if folder is None:
+            if out.exists() and place_of(data).exists() and place_of(data).samefile(out):
+                raise ValueError(f"{out} has no train.bin and val.bin: give their folder, or text elsewhere, as --data")
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
             encode_text(data, load_tokenizer(tokenizer), new)
         open_tokens(new, config)  # what is no good is not kept
