@@ -188,12 +188,13 @@ def fit(
     parameters: list[Tensor], loss_of: Callable[..., Tensor], draw: Callable, steps: int, lr: float, label: str
 ) -> None:
     """Trains `parameters` with Adam, a cosine schedule and a short warm-up; loss_of(x, y, step) -> scalar, for tokens x
-    and the tokens y that follow them, [B, T] each, which draw(step) gives. Raises ValueError if the loss is not finite.
+    and the tokens y that follow them, [B, T] each; draw(step) -> [(x, y)]. Raises ValueError if the loss is not finite.
 
     Losses of layers that share no parameters may be summed: their gradients do not interact, and Adam is (up to its
     epsilon) invariant to the scale of a loss.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer.zero_grad()  # of gradients from before
     start = told = time.perf_counter()
     for step in range(steps):
         [(x, y)] = draw(step)  # one micro-batch
@@ -223,9 +224,9 @@ def router_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
 
 
 def moefication_loss(layer: DynamicKMoE, x: Tensor) -> Tensor:
-    """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's ReLU activations,
-    divided by the largest such sum of the whole batch (as in MoEfication's and the authors' code), for tokens x [N, d];
-    a scalar."""
+    """The baseline's: binary cross-entropy of the router's logits against the sum of each expert's positive
+    activations, divided by the largest such sum of the whole batch (as in MoEfication's and the authors' code), for
+    tokens x [N, d]; a scalar."""
     with torch.no_grad():
         mass = layer.activations(x).clamp(min=0).sum(-1)  # [N, E, h] -> [N, E]
         largest = mass.max()
@@ -684,7 +685,8 @@ def main(argv: list[str] | None = None) -> None:
         moe, saved = load_checkpoint(out / "d2dmoe.pt")
         moe.to(device)
         if saved.get("dense_crc32") != checksum:
-            raise ValueError(f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}: give its own as --ckpt")
+            other = f"{out}/d2dmoe.pt was not converted from the model in {args.ckpt}"
+            raise ValueError(f"{other}, as its dense_crc32 is not {checksum}: give its own as --ckpt")
         recipe, text = str(saved.get("recipe")), fingerprint(tokens, val_tokens, saved)
         say(f"{out}/d2dmoe.pt: {recipe}")
     else:

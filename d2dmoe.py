@@ -149,7 +149,7 @@ def dynamic_k(norms: Tensor, tau: float) -> Tensor:
     tau = 1 runs all experts, tau = 0 only the best (and what equals it); no retraining is needed to change it.
     Norms 8, 3.9, 0.5, 0.3 at tau = 0.9: the threshold is 0.8, and two experts run. 2, 1.9, 1.8, 1.7: all four run.
 
-    norms [..., E] -> executed [..., E] bool. Raises ValueError unless 0 <= tau <= 1.
+    norms [..., E], none negative -> executed [..., E] bool. Raises ValueError unless 0 <= tau <= 1.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must be between 0 and 1, not {tau}")
@@ -205,7 +205,8 @@ class DynamicKMoE(nn.Module):
         a = self.activations(x)  # [N, E, h]
         gram = self.w2 @ self.w2.transpose(1, 2)  # [E, h, h]
         squared = torch.einsum("neh,ehg,neg->ne", a, gram, a)  # [N, E]
-        return squared.clamp(min=0).sqrt()  # rounding can leave a square just below 0
+        # Rounding can leave a square just below 0. And at 0, where a root's gradient is infinite, here it is 0.
+        return squared.masked_fill(squared <= 0, 0).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,8 +487,9 @@ def flops_per_token(config: GPTConfig, context: float, counts: list[float] | Non
     """Floating-point operations for one token that attends to `context` tokens: matrix multiplies only (projections,
     attention, feed-forward, routers, LM head); a multiply-add counts as 2.
 
-    counts: for each of model.layers(), the mean number of experts that a token executed; the routers then count too.
-    None: the dense model, or the converted one without a gate.
+    counts: for each of model.layers(), the mean number of experts that a token executed; the routers then count too,
+    by the widths in config (set config.router_width if you put wider ones into a model).
+    None: the dense model, or the converted one without a gate (which for an odd d would take slightly more).
     """
     d, blocks = config.n_embd, config.n_layer
     total = 2 * d * config.vocab_size + blocks * 2 * (2 * context * d)  # LM head; scores and mixture of values
@@ -531,7 +533,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(path: str | Path, model: GPT, **rest) -> None:
-    """Weights, config and `rest` (plain values, tensors, lists and dicts of them) in one file. Raises OSError."""
+    """Weights, config and `rest` (plain values, tensors, lists and dicts of them) in one file. Classes are not saved:
+    loading builds this file's, so a router of your own comes back as a Router. Raises OSError."""
     with atomic_write(Path(path)) as f:
         torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **rest}, f)
 

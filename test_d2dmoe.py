@@ -6,6 +6,7 @@ time. D2DMOE_LONG=1 makes the kill and fuzz sweeps ten times longer.
 
 import argparse
 import ast
+import copy
 import dataclasses
 import io
 import itertools
@@ -580,6 +581,10 @@ def test_a_moe_layer_sums_what_its_gate_selects():
     moe, x = random_moe(), torch.randn(2, 3, 10)
     flat = x.reshape(6, 10)
     assert torch.allclose(moe.expert_norms(flat), true_norms(moe, flat), rtol=1e-4)
+    silent = random_moe().requires_grad_()
+    silent.b1.data[0] = -1e3
+    silent.expert_norms(flat).sum().backward()
+    assert (silent.w2.grad[0] == 0).all() and all(p.grad.isfinite().all() for p in (silent.w1, silent.b1, silent.w2))
     r = (torch.relu(flat @ moe.router.fc1.weight.t()) @ moe.router.fc2.weight.t()).abs()
     every = torch.ones(6, 6, dtype=torch.bool)
     for gate, expected in (
@@ -1520,8 +1525,12 @@ def test_training_routers_changes_routers_alone_and_lowers_their_loss(trained, r
     moe.hidden(x, inputs=(inputs := []))
     loss = convert.router_loss if router == "norm" else convert.moefication_loss
     losses = lambda: [loss(layer, r.flatten(0, 1)).item() for layer, r in zip(moe.layers(), inputs, strict=True)]
-    before = losses()
-    convert.train_routers(moe, training_draw(trained, moe.config), 150, 1e-2)
+    before, again = losses(), copy.deepcopy(moe)
+    for p in again.parameters():
+        p.grad = torch.full_like(p, 1e3)  # of whatever was done before
+    for model in (moe, again):
+        convert.train_routers(model, training_draw(trained, moe.config), 150, 1e-2)
+    assert_same_weights(moe.state_dict(), again.state_dict())
     assert all(after < b for b, after in zip(before, losses(), strict=True)) and sum(losses()) < 0.8 * sum(before)
     assert all(torch.equal(p, frozen[n]) for n, p in moe.named_parameters() if n in frozen)
 

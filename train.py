@@ -214,8 +214,8 @@ def evaluate(
 
 @torch.no_grad()
 def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
-    """Of the feed-forward activations on x [B, T]: the share that is zero (for a GELU: not positive), and the effective
-    number of active neurons per layer (square Hoyer)."""
+    """Of a dense model's feed-forward activations on x [B, T]: the share that is zero (for a GELU: not positive), and
+    the effective number of active neurons per layer (square Hoyer)."""
     zeros, active, inputs = [], [], []
     model.hidden(x, inputs=inputs)
     for mlp, read in zip(model.layers(), inputs, strict=True):
@@ -230,8 +230,9 @@ def activation_sparsity(model: GPT, x: Tensor) -> tuple[float, float]:
 
 
 def training_loss(model: Callable, x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Cross entropy + alpha * mean over layers of the sparsity penalty (section 3.1 of the paper), for tokens x and the
-    tokens y that follow them, [B, T] each; and the cross entropy alone, in nats per token. Two scalars."""
+    """Cross entropy + alpha * mean over layers of the sparsity penalty (section 3.1 of the paper), for a model in
+    training mode, tokens x and the tokens y that follow them, [B, T] each; and the cross entropy alone, in nats per
+    token. Two scalars."""
     logits, penalties = model(x)  # [B, T, V], one scalar a layer
     cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
     return cross_entropy + alpha * torch.stack(penalties).mean(), cross_entropy
