@@ -6,7 +6,7 @@ token takes a whole window, with any model.)
     python sample.py --ckpt better/ --tau 0.95 --prompt "def main(" --temperature 0.7 --top_k 50
     python sample.py --picture tokens.png           tokens x layers, coloured by the share of experts (needs matplotlib)
 
---tau decides how many experts run, and needs no retraining: 1 runs all of them, lower is cheaper.
+--tau decides how many experts run, and needs no retraining: 1 runs all of them, the lower, the fewer.
 """
 
 import argparse
